@@ -1,0 +1,306 @@
+"""An adapter folder in PEFT's format, without a model: what is in it, read strictly and written atomically.
+
+    adapter_config.json           how the tensors are meant: rank and α by layer, what else trains
+    adapter_model.safetensors     base_model.model.<layer>.lora_A.weight, …lora_B.weight, …
+
+What we write is plain LoRA on the original weights: s = α/r without rsLoRA, `init_lora_weights` true, so that every
+reader computes the same function. Where it came from stands in the safetensors metadata, which readers ignore.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headstart.errors import AdapterFormatError, FileError, KeyMismatch
+from headstart.files import atomic
+from headstart.files.header import parse_object, read_header, read_json
+
+CONFIG, TENSORS, REPORT = "adapter_config.json", "adapter_model.safetensors", "init_report.json"
+PREFIX = "base_model.model."
+METADATA = "headstart"
+_SLOTS = {
+    "lora_A.weight": "A",
+    "lora_B.weight": "B",
+    "lora_embedding_A": "A",
+    "lora_embedding_B": "B",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+}
+# Fields that change what the tensors mean, and that we do not serve: silence would be a wrong function.
+_UNSERVED = {
+    "lora_bias": False,
+    "alora_invocation_tokens": None,
+    "use_qalora": False,
+    "use_bdlora": None,
+    "layer_replication": None,
+    "trainable_token_indices": None,
+    "monteclora_config": None,
+    "kasa_config": None,
+    "velora_config": None,
+    "arrow_config": None,
+    "megatron_config": None,
+}
+# Starts of PEFT that replace the base's weights: A and B alone do not say what the adapter means.
+_MUTATING = re.compile(r"pissa|pissa_niter_\d+|olora|corda|lora_ga|loftq")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One layer of an adapter as it stands in a file.
+
+    Attributes:
+        path: the layer's name as PEFT writes it, "base_layer" infixes included.
+        A, B: the factors in the file's form; rank, alpha: what they are scaled by, s = α/r.
+        magnitude: DoRA's, in the file's form.
+        embedding: whether it is a lookup, whose keys differ.
+    """
+
+    path: str
+    A: Tensor
+    B: Tensor
+    rank: int
+    alpha: float
+    magnitude: Tensor | None = None
+    embedding: bool = False
+
+    def tensors(self) -> dict[str, Tensor]:
+        a, b = ("lora_embedding_A", "lora_embedding_B") if self.embedding else ("lora_A.weight", "lora_B.weight")
+        found = {f"{PREFIX}{self.path}.{a}": self.A, f"{PREFIX}{self.path}.{b}": self.B}
+        if self.magnitude is not None:
+            found[f"{PREFIX}{self.path}.lora_magnitude_vector"] = self.magnitude
+        return found
+
+    @property
+    def name(self) -> str:
+        """The layer's name in the unwrapped model."""
+        return plain_name(self.path)
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """What an adapter folder holds.
+
+    Attributes:
+        config: PEFT's fields; entries: the layers by path; extras: every other tensor, by name without the prefix;
+        provenance: what headstart wrote about its origin, empty for other people's files.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    entries: Mapping[str, Entry]
+    extras: Mapping[str, Tensor]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+def plain_name(path: str) -> str:
+    """A name without the infixes that wrapping left in it."""
+    return ".".join(part for part in path.split(".") if part != "base_layer")
+
+
+def scales(entries: Sequence[Entry], names: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """r, lora_alpha and the two patterns that say every layer's rank and α.
+
+    Args:
+        names: what PEFT matches a pattern against, by path, where it is not the layer's own name.
+    """
+    named = [((names or {}).get(e.path, e.name), (e.rank, e.alpha)) for e in entries]
+    (rank, alpha), _ = Counter(scale for _, scale in named).most_common(1)[0]
+    by_leaf: dict[str, set[tuple[int, float]]] = {}
+    for name, scale in named:
+        by_leaf.setdefault(name.rsplit(".", 1)[-1], set()).add(scale)
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for name, scale in named:
+        leaf = name.rsplit(".", 1)[-1]
+        if scale == (rank, alpha) and len(by_leaf[leaf]) == 1:
+            continue
+        key = leaf if len(by_leaf[leaf]) == 1 else f"^{re.escape(name)}"
+        # PEFT looks up both tables with the first key that matches in either: they must name the same layers.
+        ranks[key], alphas[key] = scale[0], _number(scale[1])
+    return {"r": rank, "lora_alpha": _number(alpha), "rank_pattern": ranks, "alpha_pattern": alphas}
+
+
+def _number(value: float) -> float | int:
+    """Integers as integers: some engines parse nothing else."""
+    nearest = round(value)
+    return nearest if math.isclose(value, nearest, rel_tol=1e-12) else value
+
+
+def write_adapter(
+    folder: Path,
+    entries: Sequence[Entry],
+    config: Mapping[str, Any],
+    extras: Mapping[str, Tensor],
+    provenance: Mapping[str, Any],
+    more: Mapping[str, str] | None = None,
+) -> None:
+    """Write an adapter folder, whole or not at all.
+
+    Args:
+        folder: where; created if need be.
+        entries: its layers; config: PEFT's fields; extras: other tensors by name, without the prefix.
+        provenance: plain values about its origin, for the metadata.
+        more: other text files to write with it, by name.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {key: value for entry in entries for key, value in entry.tensors().items()}
+    tensors |= {f"{PREFIX}{name}": value for name, value in extras.items()}
+    tensors = {name: _separate(value) for name, value in tensors.items()}
+    text = json.dumps(dict(config), indent=2, sort_keys=True) + "\n"
+    # The config stands in the metadata too: should a process die between the two renames, nothing is lost.
+    metadata = {"format": "pt", METADATA: json.dumps({**provenance, "adapter_config": json.loads(text)})}
+    size = sum(t.numel() * t.element_size() for t in tensors.values()) + len(text) + len(metadata[METADATA])
+    writers: dict[str, atomic.Writer] = {n: atomic.text_writer(t) for n, t in (more or {}).items()}
+    writers[TENSORS] = lambda path: save_file(tensors, path, metadata)
+    writers[CONFIG] = atomic.text_writer(text)
+    atomic.write_files(folder, writers, size=size)
+
+
+def _separate(tensor: Tensor) -> Tensor:
+    """A tensor that shares memory with no other, as the format demands."""
+    tensor = tensor.detach().to("cpu")
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if tensor.is_contiguous() and whole else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def find_adapter(path: str | Path) -> Path:
+    """The folder of an adapter: a local one, or one from the hub by its name.
+
+    Raises:
+        AdapterFormatError: if there is none; it says what was looked for.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        for name in (CONFIG, TENSORS):
+            if not (folder / name).is_file():
+                pickled = (folder / "adapter_model.bin").is_file()
+                hint = "; it has a pickle, which is not loaded: convert it to safetensors" if pickled else ""
+                raise AdapterFormatError(f"{folder} has no {name}{hint}")
+        return folder
+    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        raise AdapterFormatError(f"{path} is neither a folder with {CONFIG} and {TENSORS} nor a name on the hub")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise AdapterFormatError(f"{path} is no folder; to load it from the hub, install huggingface_hub") from error
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=[CONFIG, TENSORS, REPORT]))
+    except Exception as error:
+        raise AdapterFormatError(f"{path} is no local folder, and the hub gave none: {error}") from error
+
+
+def read_adapter(path: str | Path, *, allow_nonfinite: bool = False) -> AdapterFile:
+    """Read an adapter folder, strictly. Nothing in it is executed.
+
+    Raises:
+        AdapterFormatError: malformed, pickled, of another kind, or meant for a changed base.
+        KeyMismatch: a factor without its partner, shapes that do not fit each other, or values that are not finite.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = find_adapter(path)
+    header = read_header(folder / TENSORS)
+    provenance = parse_object(header.metadata.get(METADATA, "{}"), f"the metadata of {folder / TENSORS}")
+    config = dict(provenance.get("adapter_config") or read_json(folder / CONFIG))
+    _check_config(config, folder, ours=bool(provenance))
+    try:
+        tensors = load_file(folder / TENSORS)
+    except SafetensorError as error:
+        raise AdapterFormatError(f"{folder / TENSORS} is damaged: {error}") from error
+    if not allow_nonfinite:
+        bad = sorted(n for n, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all()))
+        if bad:
+            raise KeyMismatch(f"{folder}: NaN or infinity in {few(bad)}")
+    entries, extras = _sort(tensors, config, folder)
+    return AdapterFile(folder, config, entries, extras, provenance)
+
+
+def _check_config(config: Mapping[str, Any], folder: Path, ours: bool) -> None:
+    if config.get("peft_type") != "LORA":
+        raise AdapterFormatError(f"{folder} is of type {config.get('peft_type')!r}: only LORA adapters are read")
+    for name in ("r", "lora_alpha"):
+        value = config.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise AdapterFormatError(f"{folder / CONFIG}: {name!r} is {value!r}; without it the scale is unknown")
+    for name, harmless in _UNSERVED.items():
+        if config.get(name) not in (harmless, None, False):
+            raise AdapterFormatError(f"{folder / CONFIG}: {name}={config[name]!r} is not served: load it with PEFT")
+    init = config.get("init_lora_weights", True)
+    if not ours and isinstance(init, str) and _MUTATING.fullmatch(init.lower()):
+        raise AdapterFormatError(
+            f"{folder} was started with {init!r}, which replaced the base's weights: its factors mean nothing on the "
+            "original base. Convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
+        )
+    for table in ("rank_pattern", "alpha_pattern"):
+        for key in config.get(table) or {}:
+            _check_key(key, folder)
+
+
+def _check_key(key: str, folder: Path) -> None:
+    """A pattern from a file: short, and without the nested repetition that takes for ever to match."""
+    if len(key) > 300 or re.search(r"\)\s*[*+{?]", key) or key.count("*") + key.count("+") > 4:
+        raise AdapterFormatError(f"{folder / CONFIG}: the pattern {key[:60]!r} is too complex to be trusted")
+    try:
+        re.compile(key)
+    except re.error as error:
+        raise AdapterFormatError(f"{folder / CONFIG}: the pattern {key!r} is malformed: {error}") from error
+
+
+def _sort(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path
+) -> tuple[dict[str, Entry], dict[str, Tensor]]:
+    slots: dict[str, dict[str, Tensor]] = {}
+    extras: dict[str, Tensor] = {}
+    embeddings = set()
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PREFIX)
+        slot = next((slot for slot in _SLOTS if name.endswith(f".{slot}")), None)
+        if slot is None:
+            extras[name] = tensor
+            continue
+        path = name[: -len(slot) - 1]
+        slots.setdefault(path, {})[_SLOTS[slot]] = tensor
+        if "embedding" in slot:
+            embeddings.add(path)
+    if not slots:
+        raise AdapterFormatError(f"{folder / TENSORS} holds no LoRA factors")
+    entries = {}
+    for path, found in slots.items():
+        if "A" not in found or "B" not in found:
+            raise KeyMismatch(f"{folder}: {path!r} has no {'A' if 'A' not in found else 'B'} (keys missing)")
+        rank, alpha = scale_of(plain_name(path), config)
+        entries[path] = Entry(path, found["A"], found["B"], rank, alpha, found.get("magnitude"), path in embeddings)
+    return entries, extras
+
+
+def scale_of(name: str, config: Mapping[str, Any]) -> tuple[int, float]:
+    """The rank and the α that a config gives a layer, with rsLoRA resolved so that s = α/r."""
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    key = next((k for k in [*ranks, *alphas] if re.match(rf"(.*\.)?({k})$", name)), name)
+    rank, alpha = int(ranks.get(key, config["r"])), float(alphas.get(key, config["lora_alpha"]))
+    return rank, alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+
+
+def few(names: Iterable[str], count: int = 4) -> str:
+    """The first few names, for a message."""
+    names = list(names)
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(map(repr, names[:count])) + more
+
+
+def no_file_at(path: Path) -> None:
+    """Refuse a path where a file stands in the way of a folder."""
+    if path.exists() and not path.is_dir():
+        raise FileError(f"{path} is a file: give a folder")

@@ -1,0 +1,386 @@
+"""A model's adapter ↔ a folder in PEFT's format, both ways.
+
+Saved, an adapter is plain LoRA on the original weights: anchored layers become rank 2r, [A ; A₀] and [B | −B₀], with
+the factors' own bits, so that loading here resumes exactly where saving left off, and loading anywhere else computes
+the same function.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headstart.errors import KeyMismatch, NoTarget, WrongBase, nearest
+from headstart.files.adapter import REPORT, AdapterFile, Entry, few, no_file_at, plain_name, read_adapter
+from headstart.files.adapter import scales, write_adapter
+from headstart.lora import adapt, matrix
+from headstart.lora.adapt import Adapter
+from headstart.lora.config import Holders, LoraConfig, Target, holders_of
+from headstart.lora.layers import LoraEmbedding, LoraExperts, LoraLayer, Start, TrainedModule, matrix_owner
+from headstart.lora.report import InitReport
+
+VERSION = 1
+_SAMPLES = 4
+
+
+def save(model: nn.Module, path: str | Path, *, rank: int | None = None) -> dict[str, float]:
+    """Save a model's adapter as a folder that PEFT, and whatever reads PEFT's format, loads on the original base.
+
+    Args:
+        model: an adapted model, merged reversibly or not.
+        path: the folder; its other files are left alone.
+        rank: the rank of the saved factors. Left out, everything is exact, and anchored layers take rank 2r;
+            given, each layer's change is truncated to its best approximation of that rank.
+
+    Returns:
+        The share of the change's energy ‖ΔW‖² that was dropped, by layer; empty where `rank` is left out.
+
+    Raises:
+        AdapterState: if the model has no adapter. FileError, OutputBusy: if the folder cannot be written;
+            what stood there is untouched.
+    """
+    adapter = adapt.adapter_of(model)
+    no_file_at(Path(path))
+    entries, dropped = [], {}
+    for name, layer in adapter.layers().items():
+        entry, lost = _entry(name, layer, rank)
+        entries.append(entry)
+        dropped[name] = lost
+    config = {**_fields(adapter), **scales(entries, _pattern_names(adapter))}
+    provenance = _provenance(adapter, entries, truncated=rank is not None)
+    report = json.dumps(adapter.report.to_dict(), indent=2, default=str) + "\n"
+    write_adapter(Path(path), entries, config, _extras(adapter), provenance, {REPORT: report})
+    return dropped if rank is not None else {}
+
+
+def _entry(name: str, layer: LoraLayer, rank: int | None) -> tuple[Entry, float]:
+    A, B, file_rank, lost = layer.plain_factors(rank)
+    A, B = layer.layout.to_file(A, B)
+    file_rank *= layer.layout.copies
+    alpha = layer.scaling * file_rank
+    magnitude = layer.magnitude
+    if magnitude is not None and isinstance(layer.layout, matrix.Convolution):
+        magnitude = magnitude.reshape(1, -1, *(1,) * len(layer.layout.kernel))  # type: ignore[assignment]
+    return Entry(name, A, B, file_rank, alpha, magnitude, isinstance(layer, LoraEmbedding)), lost
+
+
+def _pattern_names(adapter: Adapter) -> dict[str, str]:
+    """What PEFT matches rank_pattern against, where it is not the layer's name: the parameter's full name."""
+    return {
+        name: f"{plain_name(name)}.{layer.parameter_name}"
+        for name, layer in adapter.layers().items()
+        if isinstance(layer, LoraExperts)
+    }
+
+
+def _fields(adapter: Adapter) -> dict[str, Any]:
+    """PEFT's config but for the scales."""
+    layers, config = adapter.layers(), adapter.config
+    parameters = sorted(_pattern_names(adapter).values())
+    modules = [plain_name(n) for n, layer in layers.items() if not isinstance(layer, LoraExperts)]
+    attention = {n for n in modules if isinstance(_owner(adapter, n), nn.MultiheadAttention)}
+    modules = [n for n in modules if n.removesuffix(".out_proj") not in attention or n in attention]
+    fields: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": config.task_type,
+        "base_model_name_or_path": adapter.model.__dict__.get("name_or_path") or _name(adapter.model),
+        "target_modules": _shortest(modules, adapter.model),
+        "modules_to_save": list(config.modules_to_save) if config.modules_to_save else None,
+        "bias": config.bias,
+        "lora_dropout": config.lora_dropout,
+        "use_dora": config.use_dora,
+        "use_rslora": False,
+        "fan_in_fan_out": any(matrix.is_conv1d(matrix_owner(layer)) for layer in layers.values()),
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    return {**fields, "target_parameters": parameters} if parameters else fields
+
+
+def _name(model: nn.Module) -> str | None:
+    """Where a transformers model came from."""
+    name = getattr(model, "name_or_path", None)
+    return name if isinstance(name, str) and name else None
+
+
+def _owner(adapter: Adapter, name: str) -> nn.Module | None:
+    layer = adapter.layers().get(name)
+    return None if layer is None else matrix_owner(layer)
+
+
+def _shortest(modules: Sequence[str], model: nn.Module) -> list[str]:
+    """The targets as suffixes where these select the same modules, otherwise as full names; sorted."""
+    wanted = set(modules)
+    suffixes = {name.rsplit(".", 1)[-1] for name in modules}
+    everywhere = {plain_name(name) for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in suffixes}
+    inside = {n for n in everywhere if n.split(".")[-1] not in ("base_layer", "lora_A", "lora_B")}
+    return sorted(suffixes if inside == wanted else wanted)
+
+
+def _extras(adapter: Adapter) -> dict[str, Tensor]:
+    """Modules that trained in full, and biases."""
+    found: dict[str, Tensor] = {}
+    for name, module in adapter.model.named_modules():
+        if isinstance(module, TrainedModule):
+            found |= {f"{name}.{key}": value for key, value in module.trained.state_dict().items()}
+    trained = {id(parameter) for parameter, _ in adapter.biases.values()}
+    for name, parameter in adapter.model.named_parameters():
+        if id(parameter) in trained:
+            found[name.replace(".original_module.", ".")] = parameter.detach()
+    return found
+
+
+def _provenance(adapter: Adapter, entries: Sequence[Entry], truncated: bool) -> dict[str, Any]:
+    report = adapter.report
+    anchored = {n: layer.rank for n, layer in adapter.layers().items() if layer.anchor is not None}
+    return {
+        "format": VERSION,
+        "strategy": report.strategy,
+        "options": {name: value for name, value in report.options.items() if value is not None},
+        "seed": report.seed,
+        # The first r rows and columns are the trained factors, the others their anchors.
+        "anchored": {} if truncated else anchored,
+        "frozen": {n: _frozen(layer) for n, layer in adapter.layers().items() if _frozen(layer)},
+        "parts": {n: list(layer.layout.ranges) for n, layer in adapter.layers().items() if _is_parts(layer)},
+        "base": {n: sample(layer.original) for n, layer in adapter.layers().items()},
+    }
+
+
+def _is_parts(layer: LoraLayer) -> bool:
+    return isinstance(layer.layout, matrix.Parts)
+
+
+def _frozen(layer: LoraLayer) -> str:
+    return "".join(name for name, factor in zip("AB", layer.factors, strict=True) if not factor.requires_grad)
+
+
+def sample(weight: Tensor) -> list[float]:
+    """A few elements of a weight, by which its model is recognised."""
+    flat = weight.detach().reshape(-1)
+    index = torch.linspace(0, flat.numel() - 1, _SAMPLES + 2)[1:-1].long().to(flat.device)
+    return [] if flat.is_meta else [float(f"{value:.4g}") for value in flat[index].float().tolist()]
+
+
+def load(model: nn.Module, path: str | Path, *, trainable: bool = False, strict: bool = True) -> Adapter:
+    """Put a saved adapter on its base model: headstart's own, or anybody's in PEFT's format.
+
+    Args:
+        model: the base, unchanged and not adapted.
+        path: the folder, or a name on the hub.
+        trainable: whether to go on training it. Anchored starts resume with their anchors.
+        strict: refuse an adapter of another base, and tensors that are left over.
+
+    Returns:
+        The adapter, installed.
+
+    Raises:
+        AdapterFormatError, KeyMismatch, WrongBase, NoTarget: before the model is changed.
+    """
+    adapt.check_plain(model)
+    file = read_adapter(path)
+    config = _config_of(file)
+    starts, sites = [], _sites(model, file)
+    holders = holders_of(model)
+    # The innermost of nested layers first, as they were installed.
+    for path_, entry in sorted(file.entries.items(), key=lambda item: -item[0].count("base_layer.")):
+        target = _target(entry, sites[path_], holders, file)
+        starts.append((target, _start(entry, target, file, config)))
+    if strict:
+        _check_base(starts, file)
+    extras = _checked_extras(model, file, config, strict)
+    report = InitReport(
+        strategy=str(file.provenance.get("strategy", "loaded")),
+        options=dict(file.provenance.get("options", {})),
+        seed=int(file.provenance.get("seed", 0)),
+        layers=(),
+        seconds=0.0,
+    )
+    adapter = adapt.install(model, config, starts, report)
+    _fill(adapter, extras)
+    if not trainable:
+        for parameter in adapter.parameters():
+            parameter.requires_grad_(False)
+    return adapter
+
+
+def _config_of(file: AdapterFile) -> LoraConfig:
+    """The part of the file's config that the adapter keeps."""
+    given = file.config
+    return LoraConfig(
+        r=int(given["r"]),
+        lora_alpha=float(given["lora_alpha"]),
+        lora_dropout=float(given.get("lora_dropout") or 0.0),
+        target_modules=sorted({entry.name for entry in file.entries.values()}),
+        use_dora=bool(given.get("use_dora")),
+        bias=given.get("bias") or "none",
+        modules_to_save=given.get("modules_to_save") or None,
+        task_type=given.get("task_type"),
+    )
+
+
+def _sites(model: nn.Module, file: AdapterFile) -> dict[str, tuple[nn.Module, str]]:
+    """The module and the parameter that each entry adapts."""
+    found: dict[str, tuple[nn.Module, str]] = {}
+    names = dict(model.named_modules(remove_duplicate=False))
+    wanted = [str(name) for name in file.config.get("target_parameters") or ()]
+    for path in file.entries:
+        name = plain_name(path)
+        module = names.get(name)
+        if module is None or not name:
+            raise NoTarget(f"{file.folder} adapts {name!r}, which this model does not have{nearest(name, names)}")
+        own = [w for w in module._parameters if any(_suffix(t, f"{name}.{w}") for t in wanted)]
+        # PEFT nests one wrapper for each parameter of a module, the first in the order of the alphabet innermost.
+        depth = path.split(".").count("base_layer")
+        parameter = sorted(own)[::-1][depth] if own and depth < len(own) else "weight"
+        found[path] = module, parameter
+    return found
+
+
+def _suffix(entry: str, name: str) -> bool:
+    return name == entry or name.endswith(f".{entry}")
+
+
+def _target(
+    entry: Entry, site: tuple[nn.Module, str], holders: Mapping[nn.Module, Holders], file: AdapterFile
+) -> Target:
+    module, parameter = site
+    layout = matrix.layout(module, parameter, file.provenance.get("parts", {}).get(entry.path))
+    rank = entry.rank // layout.copies
+    scaling = entry.alpha / entry.rank
+    return Target(entry.name, module, holders[module], parameter, layout, rank, scaling * rank, scaling)
+
+
+def _start(entry: Entry, target: Target, file: AdapterFile, config: LoraConfig) -> Start:
+    weight = matrix.parameter_of(target.module, target.parameter)
+    _check_shapes(entry, target, weight, file)
+    A, B = target.layout.from_file(entry.A, entry.B)
+    anchor, rank = None, target.rank
+    if entry.path in file.provenance.get("anchored", {}):
+        rank = int(file.provenance["anchored"][entry.path])
+        halves = [_halves(a, b) for a, b in target.layout.unpack(A, B)]
+        A, B = target.layout.pack([trained for trained, _ in halves])
+        anchor = target.layout.pack([anchors for _, anchors in halves])
+    device = torch.device("cpu") if weight.is_meta else weight.device
+    magnitude = entry.magnitude
+    return Start(
+        A=_factor(A, device),
+        B=_factor(B, device),
+        rank=rank,
+        alpha=target.scaling * rank,
+        scaling=target.scaling,
+        anchor=None if anchor is None else (_factor(anchor[0], device), _factor(anchor[1], device)),
+        frozen=frozenset(file.provenance.get("frozen", {}).get(entry.path, "")),
+        dropout=config.lora_dropout,
+        magnitude=None if magnitude is None else _factor(magnitude.flatten(), device),
+    )
+
+
+def _factor(tensor: Tensor, device: torch.device) -> Tensor:
+    """A factor as the layers hold it: float32, of its own memory."""
+    return tensor.to(device, torch.float32, copy=True).contiguous()
+
+
+def _halves(A: Tensor, B: Tensor) -> tuple[matrix.Pair, matrix.Pair]:
+    rank = A.shape[0] // 2
+    return (A[:rank], B[:, :rank]), (A[rank:], -B[:, rank:])
+
+
+def _check_shapes(entry: Entry, target: Target, weight: Tensor, file: AdapterFile) -> None:
+    """Compare the file's shapes with those that the layer would write itself."""
+    blocks = target.layout.blocks(weight.detach())
+    try:
+        rank = target.layout.block_rank(target.rank)
+    except ValueError:
+        rank = target.rank
+    like = [
+        (weight.new_empty((rank, b.shape[1]), device="meta"), weight.new_empty((len(b), rank), device="meta"))
+        for b in blocks
+    ]
+    A, B = target.layout.to_file(*target.layout.pack(like))
+    dense = isinstance(target.layout, matrix.Convolution)  # PEFT's grouped convolutions see every channel
+    for letter, found, wanted in (("A", entry.A, A), ("B", entry.B, B)):
+        if found.shape != wanted.shape and not (dense and letter == "A" and found.numel() == wanted.numel()):
+            raise KeyMismatch(
+                f"{file.folder}: {letter} of {entry.name!r} has shape {tuple(found.shape)}, "
+                f"this model's layer needs {tuple(wanted.shape)}: another base, or a wrong rank in the config"
+            )
+    if entry.magnitude is not None and entry.magnitude.numel() != sum(len(b) for b in blocks):
+        raise KeyMismatch(f"{file.folder}: the magnitude of {entry.name!r} has {entry.magnitude.numel()} elements")
+
+
+def _check_base(starts: Sequence[tuple[Target, Start]], file: AdapterFile) -> None:
+    """Refuse another base model: the same shapes, other values."""
+    samples: Mapping[str, Any] = file.provenance.get("base", {})
+    pairs: list[tuple[float, float]] = []
+    weights = {target.name: matrix.parameter_of(target.module, target.parameter) for target, _ in starts}
+    for path, values in samples.items():
+        if plain_name(path) in weights:
+            pairs += zip(values, sample(weights[plain_name(path)]), strict=False)
+    size = math.sqrt(sum(a * a for a, _ in pairs))
+    apart = math.sqrt(sum((a - b) ** 2 for a, b in pairs))
+    # A quantised or rounded copy of the base differs by a few percent, another model by more than all of it.
+    if size and apart > 0.5 * size:
+        raise WrongBase(
+            f"{file.folder} was made for another base: sampled weights differ by {apart / size:.0%} of their size. "
+            "Load that base, or pass strict=False if you mean this one"
+        )
+
+
+def _checked_extras(model: nn.Module, file: AdapterFile, config: LoraConfig, strict: bool) -> dict[str, Tensor]:
+    """The tensors beside the factors that the config accounts for, by the names of the plain model."""
+    state = {name: value for name, value in [*model.named_parameters(), *model.named_buffers()]}
+    kept: dict[str, Tensor] = {}
+    foreign = []
+    for key, value in file.extras.items():
+        name = plain_name(key)
+        here = state.get(name)
+        saved = any(
+            f".{name}".rpartition(".")[0].endswith(f".{m}") or f".{m}." in f".{name}"
+            for m in config.modules_to_save or ()
+        )
+        bias = config.bias != "none" and name.endswith("bias")
+        copied = key.endswith(".base_layer.weight")
+        if here is None or not (saved or bias or copied):
+            foreign.append(key)
+        elif here.shape != value.shape:
+            raise KeyMismatch(f"{file.folder}: {key!r} has shape {tuple(value.shape)}, the model's {tuple(here.shape)}")
+        elif copied and not saved:
+            _check_copy(key, value, here, file)
+        else:
+            kept[name] = value
+    if foreign and (strict or any(plain_name(key) in state for key in foreign)):
+        raise KeyMismatch(
+            f"{file.folder} holds tensors that belong to no adapter: {few(sorted(foreign))}. An adapter must not "
+            "replace the base's weights; remove them from the file"
+        )
+    missing = [m for m in config.modules_to_save or () if not any(f".{m}." in f".{n}" for n in kept)]
+    if missing:
+        raise KeyMismatch(f"{file.folder} names modules_to_save {few(missing)} and holds no tensor of them")
+    return kept
+
+
+def _check_copy(key: str, value: Tensor, here: Tensor, file: AdapterFile) -> None:
+    """PEFT saves the embeddings that it adapts: harmless where they are the model's own."""
+    if not torch.allclose(value.float(), here.detach().float().cpu(), rtol=0.02, atol=1e-3):
+        raise WrongBase(
+            f"{file.folder}: {key!r} is not the model's own embedding: this adapter needs the base it was trained on, "
+            "with its vocabulary"
+        )
+
+
+def _fill(adapter: Adapter, extras: Mapping[str, Tensor]) -> None:
+    """Copy the loaded values into the modules and biases that train in full."""
+    own = {
+        name.replace(".trained.", "."): p for name, p in adapter.model.named_parameters() if ".trained." in f".{name}"
+    }
+    own |= {name.replace(".trained.", "."): b for name, b in adapter.model.named_buffers() if ".trained." in f".{name}"}
+    own |= {name: parameter for name, (parameter, _) in adapter.biases.items()}
+    with torch.no_grad():
+        for name, value in extras.items():
+            own[name].copy_(value)

@@ -1,0 +1,72 @@
+r"""OLoRA: begin in an orthonormal basis of the weight's own columns.
+
+    W = Q·R                                                           W: (m, n), Q: (m, p), R: (p, n), p = min(m, n)
+    B₀ = Q_r                                                          B₀: (m, r)
+    A₀ = R_r/s                                                        A₀: (r, n)
+    y  = W·x + s·(B·A − B₀·A₀)·x
+
+The output is unchanged at step zero, and B starts orthonormal, so that the gradient of A is well conditioned.
+
+A QR goes through the columns from left to right: Q_r depends on the first r alone, and R_r = Q_rᵀ·W. That is a thin
+QR and one product instead of the QR of all of W, a hundredth of its cost. It also shows that the start depends on the
+order of the input features, which the paper leaves as it is.
+
+Büyükakyüz (2024), "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models", arXiv 2406.01775, algorithm 1.
+PEFT and the paper use R_r itself and write the residual W − s·Q_r·R_r into the weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from headstart.inits.checks import check_finite, check_fit, check_scaling
+from headstart.inits.kaiming import kaiming
+from headstart.inits.strategy import Factors, register
+from headstart.linalg import thin_qr
+
+BLOCK = 1 << 18  # numbers of W that are cast at a time
+
+
+@register("olora", paper="https://arxiv.org/abs/2406.01775", fact="a basis of the first r columns; a thin QR")
+def olora(weight: Float[Tensor, "m n"], rank: int, scaling: float, generator: torch.Generator) -> Factors:
+    """The first r columns of Q and the first r rows of R.
+
+    Args:
+        weight: W, of any float dtype and layout; it is never copied whole.
+        rank: r, at most min(m, n).
+        scaling: s > 0; the product s·B₀·A₀ does not depend on it.
+        generator: used for a zero weight only, which gets a Kaiming start.
+
+    Returns:
+        Anchored factors with B₀ᵀ·B₀ = I and s·B₀·A₀ = Q_r·Q_rᵀ·W, the part of W that lies in the span of its first r
+        columns. Dependent columns leave B₀ orthonormal, so every direction trains.
+
+    Raises:
+        BadRank, BadAlpha, NonFiniteWeight, MetaWeight: as their names say.
+
+    Example:
+        >>> W = torch.tensor([[3.0, 1.0, 2.0], [4.0, 2.0, 1.0]])
+        >>> start = olora(W, rank=1, scaling=1.0, generator=torch.Generator())
+        >>> start.B.T.round(decimals=4).tolist(), start.A.round(decimals=4).tolist()
+        ([[0.6..., 0.8...]], [[5.0, 2.2..., 2.0]])
+    """
+    check_fit(weight, rank)
+    check_scaling(scaling)
+    weight, (m, n) = weight.detach(), weight.shape
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    Q, _ = thin_qr(weight[:, :rank].to(dtype))
+    R = torch.zeros(rank, n, dtype=dtype, device=weight.device)
+    step = max(1, BLOCK // n)
+    for rows in (slice(start, start + step) for start in range(0, m, step)):
+        R.addmm_(Q[rows].T, weight[rows].to(dtype))
+    check_finite(weight, R)
+    effective = {"effective_rank": int(torch.linalg.matrix_rank(R)), "route": "thin QR"}
+    if not weight.any():
+        return replace(kaiming((m, n), rank, generator), facts=effective)
+    # Deviation: divided by s, so that what the branch holds at step zero is the paper's Q_r·R_r (there s = 1) for every
+    # alpha and for rsLoRA; in A, so that B stays orthonormal. PEFT does not divide and holds s times that.
+    return Factors(A=(R / scaling).float(), B=Q.float(), anchored=True, facts=effective)

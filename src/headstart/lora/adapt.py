@@ -1,0 +1,390 @@
+"""Install an adapter, fold it in, take it out.
+
+Whatever changes a model computes first, for all layers, and commits after: a failure or an interrupt on layer k
+leaves the model as it was, to the bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from headstart import linalg
+from headstart.errors import AdapterState, HeadstartError, MetaWeight, NonFiniteWeight, UnsupportedLayer
+from headstart.inits.strategy import Factors
+from headstart.lora import matrix
+from headstart.lora.config import Holders, LoraConfig, Target, holders_of, targets
+from headstart.lora.layers import LoraLayer, Start, TrainedModule, lora_layers, wrap
+from headstart.lora.report import InitReport, LayerReport
+
+_KEY = "_headstart_adapter"
+_READABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass
+class Adapter:
+    """An adapter that is installed in a model.
+
+    Attributes:
+        model: the model, changed in place.
+        config: what it was made from.
+        report: how it was started.
+        holders: where each replaced module stands, and what stood there, in the order of installation.
+        flags: `requires_grad` of every parameter before.
+        biases: the trained biases and their values before.
+    """
+
+    model: nn.Module
+    config: LoraConfig
+    report: InitReport
+    holders: list[tuple[Holders, nn.Module]] = field(default_factory=list)
+    flags: list[tuple[nn.Parameter, bool]] = field(default_factory=list)
+    biases: dict[str, tuple[nn.Parameter, Tensor]] = field(default_factory=dict)
+
+    def layers(self) -> dict[str, LoraLayer]:
+        """The LoRA layers by name."""
+        return dict(lora_layers(self.model))
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What trains."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def count(self) -> tuple[int, int]:
+        """Trainable and all parameters."""
+        return sum(p.numel() for p in self.parameters()), sum(p.numel() for p in self.model.parameters())
+
+    @contextmanager
+    def disabled(self) -> Iterator[nn.Module]:
+        """Within this context the model is the base model, to the bit."""
+        switches = [m for m in self.model.modules() if isinstance(m, LoraLayer | TrainedModule)]
+        before = [module.enabled for module in switches]
+        trained = {name: parameter.detach().clone() for name, (parameter, _) in self.biases.items()}
+        try:
+            for module in switches:
+                module.enabled = False
+            self._set_biases({name: original for name, (_, original) in self.biases.items()})
+            yield self.model
+        finally:
+            for module, enabled in zip(switches, before, strict=True):
+                module.enabled = enabled
+            self._set_biases(trained)
+
+    def _set_biases(self, values: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, value in values.items():
+                self.biases[name][0].copy_(value)
+
+    def __str__(self) -> str:
+        trainable, total = self.count()
+        share = 100 * trainable / total if total else 0.0
+        return f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}"
+
+    def __repr__(self) -> str:
+        return f"Adapter({self.config.strategy.name!r}, {len(self.layers())} layers, {self})"
+
+
+def adapt(model: nn.Module, config: LoraConfig | None = None) -> Adapter:
+    """Install low-rank adapters in a model, in place, and freeze the rest.
+
+    Args:
+        model: any module; its frozen weights are never written to.
+        config: what to adapt and how; `LoraConfig()` where it is left out.
+
+    Returns:
+        The adapter. The model computes the function it computed before, unless the strategy is one whose point is
+        that it does not (its `anchored` is False and its B is not zero).
+
+    Raises:
+        ConfigError, TargetError, WeightError: before anything is changed, naming the layer and what to do.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> print(adapt(model, LoraConfig(r=2, init_lora_weights="pissa")))
+        trainable params: 52 || all params: 142 || trainable%: 36.6197
+    """
+    config = config or LoraConfig()
+    check_plain(model)
+    began = time.perf_counter()
+    chosen = targets(model, config)
+    starts, reports = [], []
+    for target in chosen:
+        start, report = start_of(target, config)
+        starts.append(start)
+        reports.append(report)
+    report = InitReport(config.strategy.name, config.options, config.seed, tuple(reports), time.perf_counter() - began)
+    return install(model, config, list(zip(chosen, starts, strict=True)), report)
+
+
+def start_of(target: Target, config: LoraConfig) -> tuple[Start, LayerReport]:
+    """One layer's start, from its strategy. Changes nothing."""
+    weight = matrix.parameter_of(target.module, target.parameter).detach()
+    blocks = target.layout.blocks(weight)
+    rank = target.layout.block_rank(target.rank)
+    try:
+        found = [_factors(block, rank, f"{target.name}:{i}", target, config) for i, block in enumerate(blocks)]
+    except HeadstartError as error:
+        raise type(error)(f"{error} (layer {target.name!r}, init {config.strategy.name!r})") from error
+    A, B = (_placed(factor, weight) for factor in target.layout.pack([(f.A, f.B) for f in found]))
+    anchored = found[0].anchored
+    start = Start(
+        A=A,
+        B=B,
+        rank=target.rank,
+        alpha=target.alpha,
+        scaling=target.scaling,
+        anchor=(A.clone(), B.clone()) if anchored else None,
+        frozen=found[0].frozen,
+        dropout=config.lora_dropout,
+        magnitude=_magnitude(target, weight, [(f.A, f.B) for f in found], anchored) if config.use_dora else None,
+    )
+    facts = tuple(dict(f.facts) for f in found if f.facts)
+    return start, LayerReport(target.name, tuple(weight.shape), target.rank, target.scaling, anchored, facts)
+
+
+def _factors(block: Tensor, rank: int, name: str, target: Target, config: LoraConfig) -> Factors:
+    strategy = config.strategy
+    if block.dtype not in _READABLE:
+        raise UnsupportedLayer(f"a weight of {block.dtype} is quantised: load the model in bf16, fp16 or fp32")
+    given: dict[str, object] = {
+        "shape": tuple(block.shape),
+        "rank": rank,
+        "scaling": target.scaling,
+        "kind": target.layout.kind,
+        "generator": linalg.named_generator(config.seed, strategy.name, name),
+    }
+    if strategy.reads_weight:
+        if block.is_meta:
+            raise MetaWeight("the start reads the weight, which is not loaded: load it, or choose init 'kaiming'")
+        given["weight"] = block
+    factors = strategy.start(given, config.options)
+    if not bool(factors.A.isfinite().all() and factors.B.isfinite().all()):
+        count = int(block.numel() - block.isfinite().sum()) if strategy.reads_weight else 0
+        raise NonFiniteWeight(f"the weight holds {count} NaN or infinite values: repair the checkpoint")
+    return factors
+
+
+def _placed(factor: Tensor, weight: Tensor) -> Tensor:
+    """Where the weight is; a weight on the meta device gets real factors on the CPU."""
+    return factor.contiguous() if weight.is_meta else factor.to(weight.device).contiguous()
+
+
+def _magnitude(target: Target, weight: Tensor, pairs: Sequence[matrix.Pair], anchored: bool) -> Tensor:
+    """DoRA's m: the row norms of what the layer multiplies with at step zero, so that the ratio starts at one."""
+    if weight.is_meta:
+        raise MetaWeight("use_dora needs the weight's row norms, and it is not loaded: load it first")
+    norms = []
+    for block, (A, B) in zip(target.layout.blocks(weight), pairs, strict=True):
+        if anchored:
+            A, B = torch.cat([A, A]), torch.cat([B, -B], dim=1)
+        norms.append(linalg.lowrank_row_norms(block, B.to(block.device), A.to(block.device), target.scaling))
+    return torch.cat(norms)
+
+
+def install(
+    model: nn.Module, config: LoraConfig, starts: Sequence[tuple[Target, Start]], report: InitReport
+) -> Adapter:
+    """Commit: put the layers in, freeze the rest. Only what was computed before is used."""
+    adapter = Adapter(model, config, report)
+    occupants: dict[nn.Module, nn.Module] = {}
+    wrapped: list[tuple[Holders, nn.Module, nn.Module]] = []
+    for target, start in starts:
+        base = occupants.get(target.module, target.module)
+        occupants[target.module] = wrap(base, target.layout, start, target.parameter)
+        wrapped.append((target.holders, base, occupants[target.module]))
+    wrapped += _trained_modules(model, config)
+
+    own = {id(p) for _, _, layer in wrapped for p in _new_parameters(layer)}
+    adapter.flags = [(p, p.requires_grad) for p in model.parameters()]
+    adapter.biases = {n: (p, p.detach().clone()) for n, p in _biases(model, starts, config).items()}
+    trained = {id(p) for p, _ in adapter.biases.values()}
+    for holders, base, layer in wrapped:
+        adapter.holders.append((holders, base))
+        for parent, leaf in holders:
+            parent._modules[leaf] = layer
+    for parameter, _ in adapter.flags:
+        if id(parameter) not in own:
+            parameter.requires_grad_(id(parameter) in trained)
+    model.__dict__[_KEY] = adapter
+    return adapter
+
+
+def _new_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
+    if isinstance(layer, TrainedModule):
+        yield from layer.trained.parameters()
+    elif isinstance(layer, LoraLayer):
+        yield from layer.factors
+
+
+def _trained_modules(model: nn.Module, config: LoraConfig) -> list[tuple[Holders, nn.Module, nn.Module]]:
+    """Copies of the modules that train in full."""
+    wanted = [
+        module
+        for name, module in model.named_modules()
+        if any(name == kept or name.endswith(f".{kept}") for kept in config.modules_to_save or ())
+    ]
+    places = holders_of(model)
+    return [(places[module], module, TrainedModule(module, copy.deepcopy(module))) for module in wanted]
+
+
+def _biases(model: nn.Module, starts: Sequence[tuple[Target, Start]], config: LoraConfig) -> dict[str, nn.Parameter]:
+    """The biases that the config lets train, by their name in the base model."""
+    if config.bias == "none":
+        return {}
+    if config.bias == "all":
+        return {n: p for n, p in model.named_parameters() if n == "bias" or n.endswith("bias")}
+    wanted = [(target.name, target.module) for target, _ in starts]
+    found = {f"{name}.bias": module._parameters.get("bias") for name, module in wanted}
+    return {name: parameter for name, parameter in found.items() if parameter is not None}
+
+
+def adapter_of(model: nn.Module) -> Adapter:
+    """The adapter that is installed in a model.
+
+    Raises:
+        AdapterState: if there is none.
+    """
+    adapter = model.__dict__.get(_KEY)
+    if not isinstance(adapter, Adapter):
+        raise AdapterState(f"{type(model).__name__} has no adapter: adapt(model, config) or load(model, path) first")
+    return adapter
+
+
+def check_plain(model: nn.Module) -> None:
+    """Refuse a model that is adapted already."""
+    if _KEY in model.__dict__ or any(True for _ in lora_layers(model)):
+        raise AdapterState("the model has an adapter already: remove(model) or merge(model) it first")
+    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+        raise AdapterState("the model carries PEFT layers: use headstart.peft for it, or unload them first")
+    if any(p.is_inference() for p in model.parameters()):
+        raise AdapterState("the weights were made under torch.inference_mode: load the model outside of it")
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did.
+
+    Attributes:
+        lost: by layer, the share of the update that rounding to the weight's dtype took away, ‖(W' − W) − Δ‖/‖Δ‖,
+            measured on sampled rows.
+    """
+
+    lost: Mapping[str, float]
+
+    @property
+    def worst(self) -> float:
+        return max(self.lost.values(), default=0.0)
+
+
+def merge(model: nn.Module, *, reversible: bool = False) -> MergeReport:
+    """Fold the adapter into the weights; every element is the exact sum, rounded once.
+
+    The merged weights are new tensors: what shares a weight with an adapted layer keeps its own.
+
+    Args:
+        model: an adapted model.
+        reversible: keep the adapter and the frozen weights, so that `unmerge(model)` restores the same bits.
+            Otherwise the adapter is gone, and the model is made of its own modules again.
+
+    Returns:
+        How much of the update survived the rounding, by layer.
+
+    Raises:
+        AdapterState: if there is no adapter. NonFiniteWeight: if a factor is not finite; nothing is changed.
+    """
+    adapter = adapter_of(model)
+    layers = {name: layer for name, layer in adapter.layers().items() if not layer.merged}
+    with torch.no_grad():
+        _check_mergeable(layers)
+        weights = {name: layer.merged_weight() for name, layer in layers.items()}
+        lost = {name: _lost(layers[name], weights[name]) for name in layers}
+    shared = _shared(model, layers)
+    for name, layer in layers.items():
+        layer.merge(weights[name])
+    if shared:
+        warnings.warn(
+            f"{', '.join(shared)} shared a weight with other modules and has one of its own now; "
+            "where the model's config says that they are tied (tie_word_embeddings), set it to False before saving",
+            stacklevel=2,
+        )
+    if not reversible:
+        flags = {id(parameter): flag for parameter, flag in adapter.flags}
+        for layer in layers.values():
+            flag = flags.get(id(layer.original), False)
+            layer._merged.original.clear()
+            layer.weight_parameter.requires_grad_(flag)
+        _take_out(adapter, keep_trained=True)
+    return MergeReport(lost)
+
+
+def _check_mergeable(layers: Mapping[str, LoraLayer]) -> None:
+    for name, layer in layers.items():
+        if not all(math.isfinite(float(factor.detach().abs().sum())) for factor in layer.factors):
+            raise NonFiniteWeight(f"a factor holds NaN or infinity: this adapter cannot be merged (layer {name!r})")
+
+
+def _lost(layer: LoraLayer, merged: Tensor, rows: int = 16) -> float:
+    """The share of the update that rounding took, on evenly spaced rows of the first block."""
+    block, new = layer.layout.blocks(layer.original.detach())[0], layer.layout.blocks(merged)[0]
+    if layer.magnitude is not None or block.dtype in (torch.float32, torch.float64):
+        return 0.0
+    A, B = layer.change()[0]
+    index = torch.linspace(0, len(block) - 1, min(rows, len(block)), device=block.device).long()
+    exact = layer.scaling * (B[index].double() @ A.double())
+    size = exact.norm()
+    return float(((new[index].double() - block[index].double()) - exact).norm() / size) if size else 0.0
+
+
+def _shared(model: nn.Module, layers: Mapping[str, LoraLayer]) -> list[str]:
+    """The layers whose frozen weight is also somebody else's."""
+    count: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                count[id(parameter)] = count.get(id(parameter), 0) + 1
+    return [name for name, layer in layers.items() if count.get(id(layer.original), 0) > 1]
+
+
+def unmerge(model: nn.Module) -> None:
+    """Put the frozen weights back, bit by bit, after `merge(model, reversible=True)`.
+
+    Raises:
+        AdapterState: if there is no adapter, or it is not merged.
+    """
+    layers = adapter_of(model).layers()
+    if not any(layer.merged for layer in layers.values()):
+        raise AdapterState("nothing is merged here: merge(model, reversible=True) first")
+    for layer in layers.values():
+        layer.unmerge()
+
+
+def remove(model: nn.Module) -> nn.Module:
+    """Take the adapter out: the model is the base model again, to the bit, flags and biases included.
+
+    Raises:
+        AdapterState: if there is no adapter.
+    """
+    adapter = adapter_of(model)
+    for layer in adapter.layers().values():
+        layer.unmerge()
+    adapter._set_biases({name: original for name, (_, original) in adapter.biases.items()})
+    _take_out(adapter, keep_trained=False)
+    return model
+
+
+def _take_out(adapter: Adapter, keep_trained: bool) -> None:
+    for holders, base in reversed(adapter.holders):
+        for parent, leaf in holders:
+            occupant = parent._modules[leaf]
+            trained = keep_trained and isinstance(occupant, TrainedModule)
+            parent._modules[leaf] = occupant.trained if trained else base  # type: ignore[union-attr]
+    for parameter, flag in adapter.flags:
+        parameter.requires_grad_(flag)
+    del adapter.model.__dict__[_KEY]

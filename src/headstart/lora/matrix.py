@@ -1,0 +1,285 @@
+"""Any layer's weight as matrices of shape (out, in): the only border between storage and mathematics.
+
+    Linear             weight (m, n)               one block: W
+    Conv1D, Embedding  weight (n, m)               one block: Wᵀ
+    Conv1d/2d/3d       weight (m, n/g, *k)         g blocks of (m/g, n/g·∏k)
+    fused projection   weight (m, n), row ranges   one block a range: W[start:stop]
+    experts            weight (e, m, n)            e blocks of (m, n)
+    attention          in_proj_weight (3d, d)      one block
+
+Every block is a view: what is written to it is written to the weight.
+A `Layout` also says how the blocks' factors are stored as two tensors, and how those tensors stand in PEFT's files.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from headstart.errors import BadOption, BadRank, UnsupportedLayer
+
+Pair = tuple[Tensor, Tensor]
+Ranges = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One matrix, stored as it is (m, n) or transposed (n, m). The factors are stored as they are."""
+
+    transposed: bool = False
+    kind: str = "linear"
+
+    @property
+    def copies(self) -> int:
+        """How many times the configured rank stands in the stored tensors."""
+        return 1
+
+    def blocks(self, weight: Tensor) -> list[Tensor]:
+        """Views of the weight, each (m, n)."""
+        return [weight.T if self.transposed else weight]
+
+    def block_rank(self, rank: int) -> int:
+        """The rank of one block where the layer as a whole is given `rank`."""
+        return rank
+
+    def pack(self, pairs: Sequence[Pair]) -> Pair:
+        """The blocks' (A, B) → the two stored tensors."""
+        ((A, B),) = pairs
+        return A, B
+
+    def unpack(self, A: Tensor, B: Tensor) -> list[Pair]:
+        """The two stored tensors → the blocks' (A, B)."""
+        return [(A, B)]
+
+    def dense(self, A: Tensor, B: Tensor) -> Pair:
+        """The stored tensors as one pair (k, n), (m, k) for the forward. Differentiable."""
+        return A, B
+
+    def to_file(self, A: Tensor, B: Tensor) -> Pair:
+        """The stored tensors as PEFT writes them."""
+        return A, B
+
+    def from_file(self, A: Tensor, B: Tensor) -> Pair:
+        """What PEFT wrote → the stored tensors."""
+        return A, B
+
+
+@dataclass(frozen=True)
+class Convolution(Layout):
+    """g independent matrices (m/g, n/g·∏k). A: (r, n/g, *k), B: (m, r/g, 1, …), as grouped convolutions read them."""
+
+    groups: int = 1
+    channels: int = 1
+    kernel: tuple[int, ...] = (1,)
+    kind: str = "conv"
+
+    def blocks(self, weight: Tensor) -> list[Tensor]:
+        return list(weight.reshape(self.groups, weight.shape[0] // self.groups, -1))
+
+    def block_rank(self, rank: int) -> int:
+        if rank % self.groups:
+            raise BadRank(
+                f"rank {rank} cannot be shared among {self.groups} groups: choose a multiple of {self.groups}, "
+                "or leave this layer out"
+            )
+        return rank // self.groups
+
+    def pack(self, pairs: Sequence[Pair]) -> Pair:
+        A = torch.cat([A for A, _ in pairs])
+        B = torch.cat([B for _, B in pairs])
+        ones = (1,) * len(self.kernel)
+        return A.reshape(len(A), self.channels // self.groups, *self.kernel), B.reshape(*B.shape, *ones)
+
+    def unpack(self, A: Tensor, B: Tensor) -> list[Pair]:
+        if self.is_dense(A):
+            raise UnsupportedLayer(
+                f"this adapter of a convolution with {self.groups} groups mixes the groups, as PEFT's do: "
+                "it cannot be written as a change of the weight (use it unmerged)"
+            )
+        a = A.reshape(self.groups, A.shape[0] // self.groups, -1)
+        b = B.reshape(self.groups, B.shape[0] // self.groups, -1)
+        return list(zip(a, b, strict=True))
+
+    def is_dense(self, A: Tensor) -> bool:
+        """Whether A sees all channels although the layer is grouped: what PEFT trains, and what cannot be merged."""
+        return self.groups > 1 and A.shape[1] == self.channels
+
+    def to_file(self, A: Tensor, B: Tensor) -> Pair:
+        if self.groups == 1 or self.is_dense(A):
+            return A, B
+        rank, width = A.shape[0] // self.groups, self.channels // self.groups
+        full = A.new_zeros(A.shape[0], self.channels, *self.kernel)
+        for g in range(self.groups):
+            rows, columns = slice(g * rank, (g + 1) * rank), slice(g * width, (g + 1) * width)
+            full[rows, columns] = A[rows]
+        return full, B
+
+    def from_file(self, A: Tensor, B: Tensor) -> Pair:
+        if not self.is_dense(A):
+            return A, B
+        rank, width = A.shape[0] // self.groups, self.channels // self.groups
+        spans = [(slice(g * rank, (g + 1) * rank), slice(g * width, (g + 1) * width)) for g in range(self.groups)]
+        own = torch.cat([A[rows, columns] for rows, columns in spans])
+        # Only where the file holds nothing outside the groups are the two forms the same adapter.
+        return (own, B) if torch.equal(self.to_file(own, B)[0], A) else (A, B)
+
+
+@dataclass(frozen=True)
+class Parts(Layout):
+    """Some row ranges of a fused projection, each with factors of its own (loralib's MergedLinear).
+
+    A: (k·r, n), B: (Σ mᵢ, r): the parts below one another. As one pair, B is block-structured: (m, k·r).
+    """
+
+    ranges: Ranges = ()
+    out_features: int = 0
+
+    @property
+    def copies(self) -> int:
+        return len(self.ranges)
+
+    def blocks(self, weight: Tensor) -> list[Tensor]:
+        (whole,) = super().blocks(weight)
+        return [whole[start:stop] for start, stop in self.ranges]
+
+    def pack(self, pairs: Sequence[Pair]) -> Pair:
+        return torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs])
+
+    def unpack(self, A: Tensor, B: Tensor) -> list[Pair]:
+        sizes = [stop - start for start, stop in self.ranges]
+        return list(zip(A.chunk(self.copies), B.split(sizes), strict=True))
+
+    def dense(self, A: Tensor, B: Tensor) -> Pair:
+        rank = B.shape[1]
+        full = B.new_zeros(self.out_features, A.shape[0])
+        for i, ((start, stop), (_, part)) in enumerate(zip(self.ranges, self.unpack(A, B), strict=True)):
+            full[start:stop, i * rank : (i + 1) * rank] = part
+        return A, full
+
+    def to_file(self, A: Tensor, B: Tensor) -> Pair:
+        return self.dense(A, B)
+
+    def from_file(self, A: Tensor, B: Tensor) -> Pair:
+        rank = A.shape[0] // self.copies
+        return A, torch.cat([B[s:e, i * rank : (i + 1) * rank] for i, (s, e) in enumerate(self.ranges)])
+
+
+@dataclass(frozen=True)
+class Experts(Layout):
+    """e matrices in one parameter, (e, m, n) or (e, n, m). A: (e, r, n), B: (e, m, r)."""
+
+    count: int = 1
+
+    def blocks(self, weight: Tensor) -> list[Tensor]:
+        return list(weight.mT if self.transposed else weight)
+
+    def pack(self, pairs: Sequence[Pair]) -> Pair:
+        return torch.stack([A for A, _ in pairs]), torch.stack([B for _, B in pairs])
+
+    def unpack(self, A: Tensor, B: Tensor) -> list[Pair]:
+        return list(zip(A, B, strict=True))
+
+    def to_file(self, A: Tensor, B: Tensor) -> Pair:
+        return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
+
+    def from_file(self, A: Tensor, B: Tensor) -> Pair:
+        return A.unflatten(0, (self.count, -1)), B.unflatten(1, (-1, self.count)).permute(2, 0, 1).contiguous()
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is transformers' Conv1D, a Linear that stores (in, out). Imports nothing."""
+    library = sys.modules.get("transformers.pytorch_utils")
+    return library is not None and isinstance(module, library.Conv1D)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether "all-linear" means this module."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def layout(module: nn.Module, parameter: str = "weight", parts: Sequence[object] | None = None) -> Layout:
+    """How this layer's weight is seen as matrices.
+
+    Args:
+        module: the frozen layer, or the module that owns `parameter`.
+        parameter: the parameter's name where a bare parameter is adapted.
+        parts: for a fused projection, one flag for each of the equal parts, or the row ranges to adapt.
+
+    Raises:
+        UnsupportedLayer: if no layout is known for it.
+        BadOption: if `parts` does not describe its rows.
+    """
+    if parts is not None:
+        return _parts(module, parts)
+    if parameter != "weight" or not isinstance(module, _KINDS) and not is_conv1d(module):
+        return _experts(module, parameter)
+    if isinstance(module, nn.MultiheadAttention):
+        if not module._qkv_same_embed_dim:
+            raise UnsupportedLayer("attention with separate key or value widths has no single input projection")
+        return Layout()
+    if isinstance(module, nn.Embedding):
+        return Layout(transposed=True, kind="embedding")
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return Convolution(groups=module.groups, channels=module.in_channels, kernel=tuple(module.kernel_size))
+    return Layout(transposed=is_conv1d(module))
+
+
+_KINDS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+
+
+def _experts(module: nn.Module, parameter: str) -> Layout:
+    weight = module._parameters.get(parameter)
+    if weight is None:
+        raise UnsupportedLayer(
+            f"{type(module).__name__} is no layer that can be adapted: choose a Linear, Conv1D, Embedding, "
+            "Conv1d/2d/3d or MultiheadAttention, or name a parameter in target_parameters"
+        )
+    if weight.ndim == 2:
+        return Layout()
+    if weight.ndim == 3:
+        # transformers marks the experts that store (e, in, out) with this flag.
+        return Experts(transposed=bool(module.__dict__.get("is_transposed", False)), count=weight.shape[0])
+    raise UnsupportedLayer(f"parameter {parameter!r} of shape {tuple(weight.shape)}: only 2 or 3 dimensions can be")
+
+
+def _parts(module: nn.Module, parts: Sequence[object]) -> Parts:
+    if not is_linear(module):
+        raise UnsupportedLayer(f"`parts` needs a Linear or Conv1D, not {type(module).__name__}")
+    transposed = is_conv1d(module)
+    rows = int(module.weight.shape[1 if transposed else 0])  # type: ignore[union-attr]
+    if all(isinstance(part, bool) for part in parts):
+        if not parts or rows % len(parts):
+            raise BadOption(f"{rows} rows cannot be split into {len(parts)} equal parts: give row ranges instead")
+        size = rows // len(parts)
+        ranges = tuple((i * size, (i + 1) * size) for i, wanted in enumerate(parts) if wanted)
+    else:
+        ranges = tuple((int(a), int(b)) for a, b in parts)  # type: ignore[misc,attr-defined]
+    ends = [0, *(edge for span in ranges for edge in span), rows]
+    if not ranges or sorted(ends) != ends or any(a == b for a, b in ranges):
+        raise BadOption(f"parts {ranges} are not ascending, separate row ranges within 0 to {rows}")
+    return Parts(transposed=transposed, ranges=ranges, out_features=rows)
+
+
+def parameter_of(module: nn.Module, parameter: str = "weight") -> nn.Parameter:
+    """The parameter that holds the layer's weight."""
+    name = weight_name(module, parameter)
+    weight = module._parameters.get(name)
+    if weight is None:
+        raise UnsupportedLayer(
+            f"{type(module).__name__} computes its {name!r} anew (a parametrization?): remove it before adapting"
+        )
+    return weight
+
+
+def weight_name(module: nn.Module, parameter: str = "weight") -> str:
+    """What the module calls the parameter that holds its weight."""
+    return "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else parameter
+
+
+def largest_rank(shapes: Sequence[torch.Size]) -> int:
+    """The largest rank that every block of these shapes can have."""
+    return min(min(shape) for shape in shapes)

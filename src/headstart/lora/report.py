@@ -1,0 +1,71 @@
+"""The init report: what was decided when an adapter was started, layer by layer.
+
+It is an object, it is saved beside the adapter, and the command line prints it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer's start.
+
+    Attributes:
+        name: the layer's full name; shape: of its weight, as stored.
+        rank: the rank it was given; scaling: its s.
+        anchored: whether frozen copies of the factors keep the function.
+        facts: what the strategy found out, one mapping for each block of the weight.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    rank: int
+    scaling: float
+    anchored: bool
+    facts: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class InitReport:
+    """A whole adapter's start.
+
+    Attributes:
+        strategy: its name; options: those that were set; seed: of its random draws.
+        layers: one report each.
+        seconds: of wall time.
+    """
+
+    strategy: str
+    options: Mapping[str, Any]
+    seed: int
+    layers: tuple[LayerReport, ...]
+    seconds: float
+
+    @property
+    def worst(self) -> dict[str, Any]:
+        """The weakest certificate among the layers: the largest residual and energy loss, and the routes taken."""
+        facts = [fact for layer in self.layers for fact in layer.facts]
+        found: dict[str, Any] = {}
+        for name in ("residual", "energy_loss"):
+            values = [fact[name] for fact in facts if fact.get(name) is not None]
+            if values:
+                found[name] = max(values)
+        routes = sorted({str(fact["route"]) for fact in facts if fact.get("route")})
+        return {**found, "routes": routes} if routes else found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        anchored = sum(layer.anchored for layer in self.layers)
+        lines = [f"{self.strategy}: {len(self.layers)} layers in {self.seconds:.2f} s, {anchored} anchored"]
+        lines += [f"  {name}: {value}" for name, value in self.worst.items()]
+        for layer in self.layers:
+            lines += [f"  {layer.name}: {fact['note']}" for fact in layer.facts if "note" in fact]
+        return "\n".join(lines)
