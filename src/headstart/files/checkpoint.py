@@ -17,12 +17,21 @@ import torch
 from torch import Tensor, nn
 
 from headstart.errors import KeyMismatch, NoTarget, WrongBase, nearest
-from headstart.files.adapter import REPORT, AdapterFile, Entry, few, no_file_at, plain_name, read_adapter
-from headstart.files.adapter import scales, write_adapter
+from headstart.files.adapter import (
+    REPORT,
+    AdapterFile,
+    Entry,
+    few,
+    no_file_at,
+    plain_name,
+    read_adapter,
+    scales,
+    write_adapter,
+)
 from headstart.lora import adapt, matrix
 from headstart.lora.adapt import Adapter
 from headstart.lora.config import Holders, LoraConfig, Target, holders_of
-from headstart.lora.layers import LoraEmbedding, LoraExperts, LoraLayer, Start, TrainedModule, matrix_owner
+from headstart.lora.layers import LoraEmbedding, LoraExperts, LoraLayer, Start, TrainedModule, frozen_module
 from headstart.lora.report import InitReport
 
 VERSION = 1
@@ -96,7 +105,7 @@ def _fields(adapter: Adapter) -> dict[str, Any]:
         "lora_dropout": config.lora_dropout,
         "use_dora": config.use_dora,
         "use_rslora": False,
-        "fan_in_fan_out": any(matrix.is_conv1d(matrix_owner(layer)) for layer in layers.values()),
+        "fan_in_fan_out": any(matrix.is_conv1d(frozen_module(layer)) for layer in layers.values()),
         "init_lora_weights": True,
         "inference_mode": True,
     }
@@ -111,7 +120,7 @@ def _name(model: nn.Module) -> str | None:
 
 def _owner(adapter: Adapter, name: str) -> nn.Module | None:
     layer = adapter.layers().get(name)
-    return None if layer is None else matrix_owner(layer)
+    return None if layer is None else frozen_module(layer)
 
 
 def _shortest(modules: Sequence[str], model: nn.Module) -> list[str]:
@@ -147,13 +156,13 @@ def _provenance(adapter: Adapter, entries: Sequence[Entry], truncated: bool) -> 
         # The first r rows and columns are the trained factors, the others their anchors.
         "anchored": {} if truncated else anchored,
         "frozen": {n: _frozen(layer) for n, layer in adapter.layers().items() if _frozen(layer)},
-        "parts": {n: list(layer.layout.ranges) for n, layer in adapter.layers().items() if _is_parts(layer)},
+        "parts": {n: spans for n, layer in adapter.layers().items() if (spans := _ranges(layer))},
         "base": {n: sample(layer.original) for n, layer in adapter.layers().items()},
     }
 
 
-def _is_parts(layer: LoraLayer) -> bool:
-    return isinstance(layer.layout, matrix.Parts)
+def _ranges(layer: LoraLayer) -> list[tuple[int, int]]:
+    return list(layer.layout.ranges) if isinstance(layer.layout, matrix.Parts) else []
 
 
 def _frozen(layer: LoraLayer) -> str:
@@ -334,7 +343,7 @@ def _check_base(starts: Sequence[tuple[Target, Start]], file: AdapterFile) -> No
 
 def _checked_extras(model: nn.Module, file: AdapterFile, config: LoraConfig, strict: bool) -> dict[str, Tensor]:
     """The tensors beside the factors that the config accounts for, by the names of the plain model."""
-    state = {name: value for name, value in [*model.named_parameters(), *model.named_buffers()]}
+    state: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     kept: dict[str, Tensor] = {}
     foreign = []
     for key, value in file.extras.items():
@@ -376,7 +385,7 @@ def _check_copy(key: str, value: Tensor, here: Tensor, file: AdapterFile) -> Non
 
 def _fill(adapter: Adapter, extras: Mapping[str, Tensor]) -> None:
     """Copy the loaded values into the modules and biases that train in full."""
-    own = {
+    own: dict[str, Tensor] = {
         name.replace(".trained.", "."): p for name, p in adapter.model.named_parameters() if ".trained." in f".{name}"
     }
     own |= {name.replace(".trained.", "."): b for name, b in adapter.model.named_buffers() if ".trained." in f".{name}"}

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -116,9 +117,9 @@ def adapt(model: nn.Module, config: LoraConfig | None = None) -> Adapter:
     chosen = targets(model, config)
     starts, reports = [], []
     for target in chosen:
-        start, report = start_of(target, config)
+        start, layer = start_of(target, config)
         starts.append(start)
-        reports.append(report)
+        reports.append(layer)
     report = InitReport(config.strategy.name, config.options, config.seed, tuple(reports), time.perf_counter() - began)
     return install(model, config, list(zip(chosen, starts, strict=True)), report)
 
@@ -384,7 +385,7 @@ def _take_out(adapter: Adapter, keep_trained: bool) -> None:
         for parent, leaf in holders:
             occupant = parent._modules[leaf]
             trained = keep_trained and isinstance(occupant, TrainedModule)
-            parent._modules[leaf] = occupant.trained if trained else base  # type: ignore[union-attr]
+            parent._modules[leaf] = cast(TrainedModule, occupant).trained if trained else base
     for parameter, flag in adapter.flags:
         parameter.requires_grad_(flag)
     del adapter.model.__dict__[_KEY]

@@ -353,7 +353,7 @@ def _parameters(model: nn.Module, config: LoraConfig) -> list[tuple[str, nn.Modu
     for entry in config.target_parameters or ():
         matched = [name for name in owned if _suffix(entry, name)]
         if not matched:
-            close = difflib.get_close_matches(entry, [n for n in owned] + [o[2] for o in owned.values()], n=1)
+            close = difflib.get_close_matches(entry, list(owned) + [o[2] for o in owned.values()], n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise NoTarget(f"target_parameters {entry!r} matches no parameter{hint}")
         found += [(name, model.get_submodule(owned[name][0]), owned[name][2]) for name in matched]

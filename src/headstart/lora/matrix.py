@@ -16,6 +16,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -151,7 +152,7 @@ class Parts(Layout):
 
     def unpack(self, A: Tensor, B: Tensor) -> list[Pair]:
         sizes = [stop - start for start, stop in self.ranges]
-        return list(zip(A.chunk(self.copies), B.split(sizes), strict=True))
+        return list(zip(A.chunk(self.copies), torch.split(B, sizes), strict=True))
 
     def dense(self, A: Tensor, B: Tensor) -> Pair:
         rank = B.shape[1]
@@ -187,7 +188,7 @@ class Experts(Layout):
         return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
 
     def from_file(self, A: Tensor, B: Tensor) -> Pair:
-        return A.unflatten(0, (self.count, -1)), B.unflatten(1, (-1, self.count)).permute(2, 0, 1).contiguous()
+        return A.reshape(self.count, -1, A.shape[1]), B.reshape(len(B), -1, self.count).permute(2, 0, 1).contiguous()
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -215,7 +216,7 @@ def layout(module: nn.Module, parameter: str = "weight", parts: Sequence[object]
     """
     if parts is not None:
         return _parts(module, parts)
-    if parameter != "weight" or not isinstance(module, _KINDS) and not is_conv1d(module):
+    if parameter != "weight" or not (isinstance(module, _KINDS) or is_conv1d(module)):
         return _experts(module, parameter)
     if isinstance(module, nn.MultiheadAttention):
         if not module._qkv_same_embed_dim:
@@ -250,14 +251,14 @@ def _parts(module: nn.Module, parts: Sequence[object]) -> Parts:
     if not is_linear(module):
         raise UnsupportedLayer(f"`parts` needs a Linear or Conv1D, not {type(module).__name__}")
     transposed = is_conv1d(module)
-    rows = int(module.weight.shape[1 if transposed else 0])  # type: ignore[union-attr]
+    rows = parameter_of(module).shape[1 if transposed else 0]
     if all(isinstance(part, bool) for part in parts):
         if not parts or rows % len(parts):
             raise BadOption(f"{rows} rows cannot be split into {len(parts)} equal parts: give row ranges instead")
         size = rows // len(parts)
         ranges = tuple((i * size, (i + 1) * size) for i, wanted in enumerate(parts) if wanted)
     else:
-        ranges = tuple((int(a), int(b)) for a, b in parts)  # type: ignore[misc,attr-defined]
+        ranges = tuple((int(span[0]), int(span[1])) for span in cast(Ranges, parts))
     ends = [0, *(edge for span in ranges for edge in span), rows]
     if not ranges or sorted(ends) != ends or any(a == b for a, b in ranges):
         raise BadOption(f"parts {ranges} are not ascending, separate row ranges within 0 to {rows}")
