@@ -31,6 +31,7 @@ from headstart.files.adapter import (
 from headstart.lora import adapt, matrix
 from headstart.lora.adapt import Adapter
 from headstart.lora.config import Holders, LoraConfig, Target, holders_of
+from headstart.lora.delta import plain_lora
 from headstart.lora.layers import LoraEmbedding, LoraExperts, LoraLayer, Start, TrainedModule, frozen_module
 from headstart.lora.report import InitReport
 
@@ -69,7 +70,7 @@ def save(model: nn.Module, path: str | Path, *, rank: int | None = None) -> dict
 
 
 def _entry(name: str, layer: LoraLayer, rank: int | None) -> tuple[Entry, float]:
-    A, B, file_rank, lost = layer.plain_factors(rank)
+    (A, B), file_rank, lost = plain_lora(layer.layout, layer.branch(), layer.rank, rank)
     A, B = layer.layout.to_file(A, B)
     file_rank *= layer.layout.copies
     alpha = layer.scaling * file_rank

@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
@@ -23,6 +23,7 @@ from headstart.errors import AdapterState, HeadstartError, MetaWeight, NonFinite
 from headstart.inits.strategy import Factors
 from headstart.lora import matrix
 from headstart.lora.config import Holders, LoraConfig, Target, holders_of, targets
+from headstart.lora.delta import Branch, NormCache, row_norms
 from headstart.lora.layers import LoraLayer, Start, TrainedModule, lora_layers, wrap
 from headstart.lora.report import InitReport, LayerReport
 
@@ -144,8 +145,9 @@ def start_of(target: Target, config: LoraConfig) -> tuple[Start, LayerReport]:
         anchor=(A.clone(), B.clone()) if anchored else None,
         frozen=found[0].frozen,
         dropout=config.lora_dropout,
-        magnitude=_magnitude(target, weight, [(f.A, f.B) for f in found], anchored) if config.use_dora else None,
     )
+    if config.use_dora:
+        start = replace(start, magnitude=_magnitude(target, weight, start))
     facts = tuple(dict(f.facts) for f in found if f.facts)
     return start, LayerReport(target.name, tuple(weight.shape), target.rank, target.scaling, anchored, facts)
 
@@ -177,16 +179,12 @@ def _placed(factor: Tensor, weight: Tensor) -> Tensor:
     return factor.contiguous() if weight.is_meta else factor.to(weight.device).contiguous()
 
 
-def _magnitude(target: Target, weight: Tensor, pairs: Sequence[matrix.Pair], anchored: bool) -> Tensor:
+def _magnitude(target: Target, weight: Tensor, start: Start) -> Tensor:
     """DoRA's m: the row norms of what the layer multiplies with at step zero, so that the ratio starts at one."""
     if weight.is_meta:
         raise MetaWeight("use_dora needs the weight's row norms, and it is not loaded: load it first")
-    norms = []
-    for block, (A, B) in zip(target.layout.blocks(weight), pairs, strict=True):
-        if anchored:
-            A, B = torch.cat([A, A]), torch.cat([B, -B], dim=1)
-        norms.append(linalg.lowrank_row_norms(block, B.to(block.device), A.to(block.device), target.scaling))
-    return torch.cat(norms)
+    branch = Branch(start.A, start.B, start.scaling, start.anchor)
+    return row_norms(target.layout, weight, branch, NormCache(), training=False).clone()
 
 
 def install(
@@ -319,7 +317,7 @@ def merge(model: nn.Module, *, reversible: bool = False) -> MergeReport:
         flags = {id(parameter): flag for parameter, flag in adapter.flags}
         for layer in layers.values():
             flag = flags.get(id(layer.original), False)
-            layer._merged.original.clear()
+            layer.forget_original()
             layer.weight_parameter.requires_grad_(flag)
         _take_out(adapter, keep_trained=True)
     return MergeReport(lost)
@@ -336,7 +334,7 @@ def _lost(layer: LoraLayer, merged: Tensor, rows: int = 16) -> float:
     block, new = layer.layout.blocks(layer.original.detach())[0], layer.layout.blocks(merged)[0]
     if layer.magnitude is not None or block.dtype in (torch.float32, torch.float64):
         return 0.0
-    A, B = layer.change()[0]
+    A, B = layer.branch().pairs(layer.layout)[0]
     index = torch.linspace(0, len(block) - 1, min(rows, len(block)), device=block.device).long()
     exact = layer.scaling * (B[index].double() @ A.double())
     size = exact.norm()

@@ -1,25 +1,24 @@
-"""LoRA on Embedding."""
+"""LoRA on Embedding: the branch looks up the columns of A. Dropout does not apply to indices."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headstart.errors import UnsupportedLayer
-from headstart.lora.layers.layer import LoraLayer, Start, difference, dora_ratio
+from headstart.lora.delta import Branch, difference
+from headstart.lora.layers.layer import LoraLayer, Start
 from headstart.lora.matrix import Layout
 
 
 class LoraEmbedding(LoraLayer):
-    """Embedding: the branch looks up the columns of A. Dropout does not apply to indices.
-
-    Shapes: ids (…) → (…, m); lora_embedding_A (r, V), lora_embedding_B (m, r).
-    """
+    """Shapes: ids (…) → (…, m); lora_embedding_A (r, V), lora_embedding_B (m, r)."""
 
     def __init__(self, base: nn.Module, layout: Layout, start: Start, parameter: str = "weight") -> None:
-        assert isinstance(base, nn.Embedding)
-        if base.max_norm is not None:
+        if isinstance(base, nn.Embedding) and base.max_norm is not None:
             raise UnsupportedLayer("an Embedding with max_norm writes to its weight in every forward: set it to None")
         super().__init__(base, layout, start, parameter)
 
@@ -31,20 +30,18 @@ class LoraEmbedding(LoraLayer):
         return self.lora_embedding_A, self.lora_embedding_B
 
     def forward(self, ids: Tensor) -> Tensor:
-        base = self.base_layer
-        assert isinstance(base, nn.Embedding)
-        y: Tensor = base(ids)
         if not self.active:
-            return y
-        out = self._branch(ids, *difference(self.factors, self.anchor), y)
-        y = torch.add(y, out, alpha=self.scaling)
-        return y if self.magnitude is None else y * dora_ratio(self.magnitude, self.row_norms()).to(y.dtype)
+            return self.base_layer(ids)  # type: ignore[no-any-return]
+        return run(self.base_layer, self.layout, self.branch(), ids)
 
-    def _branch(self, ids: Tensor, A: Tensor, B: Tensor, y: Tensor) -> Tensor:
-        base = self.base_layer
-        assert isinstance(base, nn.Embedding)
-        rows = F.embedding(ids, A.T, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq).to(y.dtype)
-        out = F.linear(rows, B.to(y.dtype))
-        # Gemma's embeddings multiply what they look up.
-        scale = base._buffers.get("embed_scale")
-        return out if scale is None else out * scale.to(out.dtype)
+
+def run(base: Any, layout: Layout, branch: Branch, ids: Tensor) -> Tensor:
+    """The frozen lookup and its branch."""
+    y: Tensor = base(ids)
+    A, B = difference((branch.A, branch.B), branch.anchor)
+    rows = F.embedding(ids, A.T, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
+    out = F.linear(rows.to(y.dtype), B.to(y.dtype))
+    # Gemma's embeddings multiply what they look up.
+    scale = base._buffers.get("embed_scale")
+    y = torch.add(y, out if scale is None else out * scale.to(out.dtype), alpha=branch.scaling)
+    return y if branch.magnitude is None else y * branch.ratio().to(y.dtype)

@@ -1,4 +1,7 @@
-"""LoRA on a bare parameter, such as the stacked experts of a mixture."""
+"""LoRA on a bare parameter of any module, such as the stacked experts of a mixture: (m, n) or (e, m, n).
+
+The module runs with W + s·B·A in the parameter's place; the sum is rounded to the weight's dtype.
+"""
 
 from __future__ import annotations
 
@@ -7,31 +10,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headstart.lora.delta import Branch
 from headstart.lora.layers.layer import LoraLayer
+from headstart.lora.matrix import Layout
 
 
 class LoraExperts(LoraLayer):
-    """A bare parameter of any module, such as the stacked experts of a mixture: (m, n) or (e, m, n).
-
-    The module runs with W + s·B·A in the parameter's place; the sum is rounded to the weight's dtype.
-    """
+    """Shapes: lora_A (r, n), lora_B (m, r), or (e, r, n) and (e, m, r)."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.active:
             return self.base_layer(*args, **kwargs)
         path = f"{'base_layer.' * _depth(self.base_layer)}{self.parameter_name}"
-        return torch.func.functional_call(self.base_layer, {path: self._effective()}, args, kwargs)
+        weight = effective_weight(self.layout, self.weight_parameter, self.branch())
+        return torch.func.functional_call(self.base_layer, {path: weight}, args, kwargs)
 
-    def _effective(self) -> Tensor:
-        weight = self.weight_parameter
-        A, B = self.factors
-        if self.anchor:
-            A0, B0 = self.anchor
-            change = (B - B0) @ A + B0 @ (A - A0)
-        else:
-            change = B @ A
-        change = change.mT if self.layout.transposed else change
-        return torch.add(weight, change, alpha=self.scaling).to(weight.dtype)
+
+def effective_weight(layout: Layout, weight: Tensor, branch: Branch) -> Tensor:
+    """W + ΔW, differentiable in the factors."""
+    A, B = branch.A, branch.B
+    if branch.anchor is None:
+        change = B @ A
+    else:
+        A0, B0 = branch.anchor
+        change = (B - B0) @ A + B0 @ (A - A0)
+    change = change.mT if layout.transposed else change
+    return torch.add(weight, change, alpha=branch.scaling).to(weight.dtype)
 
 
 def _depth(module: nn.Module) -> int:

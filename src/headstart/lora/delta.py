@@ -1,0 +1,171 @@
+"""What a branch does to a weight: the change as low-rank pairs, folded in, as a plain LoRA, and DoRA's row norms.
+
+    plain       ΔW = s·B·A
+    anchored    ΔW = s·(B·A − B₀·A₀) = s·[B − B₀ | B₀]·[A ; A − A₀]     zero to the bit where nothing was trained
+    exported    ΔW = s·[B | −B₀]·[A ; A₀]                               the factors' own bits, rank 2r
+
+Functions of tensors and a layout: both shells call them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from headstart import linalg
+from headstart.lora import matrix
+from headstart.lora.matrix import Layout, Pair
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What runs beside a frozen weight.
+
+    Attributes:
+        A, B: the factors, as the layout stores them; scaling: s.
+        anchor: (A₀, B₀), stored alike, where the start must not move the function.
+        dropout: the probability that holds now, zero in evaluation.
+        magnitude, norm: DoRA's m and ‖W + ΔW‖, (m,).
+    """
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+    anchor: Pair | None = None
+    dropout: float = 0.0
+    magnitude: Tensor | None = None
+    norm: Tensor | None = None
+
+    def pairs(self, layout: Layout) -> list[Pair]:
+        """The blocks' (A, B) with s·B·A the change of each block, without gradients."""
+        found = layout.unpack(self.A.detach(), self.B.detach())
+        if self.anchor is None:
+            return found
+        anchors = layout.unpack(*self.anchor)
+        return [difference(pair, anchor) for pair, anchor in zip(found, anchors, strict=True)]
+
+    def ratio(self) -> Tensor:
+        """DoRA's m/‖W + ΔW‖. A zero row has no direction: its output stays what it is."""
+        assert self.magnitude is not None and self.norm is not None
+        return torch.where(self.norm == 0, torch.ones_like(self.norm), self.magnitude.flatten() / self.norm)
+
+    def with_norm(self, norm: Tensor) -> Branch:
+        return replace(self, norm=norm)
+
+
+def difference(factors: Pair, anchor: Pair | None) -> Pair:
+    """One pair whose product is B·A − B₀·A₀."""
+    if anchor is None:
+        return factors
+    (A, B), (A0, B0) = factors, anchor
+    return torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1)
+
+
+def plain_lora(layout: Layout, branch: Branch, rank: int, to_rank: int | None = None) -> tuple[Pair, int, float]:
+    """The stored tensors of a plain LoRA with the same change, its rank, and the share of the energy it drops.
+
+    Args:
+        rank: of the branch; to_rank: of the result. Left out, the result is exact: of rank 2r where anchored.
+    """
+    if to_rank is not None:
+        smaller = [linalg.recompress(B, A, layout.block_rank(to_rank)) for A, B in branch.pairs(layout)]
+        packed = layout.pack([(A, B) for B, A, _ in smaller])
+        return packed, to_rank, max(dropped for _, _, dropped in smaller)
+    factors = branch.A.detach(), branch.B.detach()
+    if branch.anchor is None:
+        return factors, rank, 0.0
+    pairs = zip(layout.unpack(*factors), layout.unpack(*branch.anchor), strict=True)
+    both = [(torch.cat([A, A0]), torch.cat([B, -B0], dim=1)) for (A, B), (A0, B0) in pairs]
+    return layout.pack(both), 2 * rank, 0.0
+
+
+def merged_weight(layout: Layout, weight: Tensor, branch: Branch) -> Tensor:
+    """A new tensor: the weight with the branch folded in, every element rounded once."""
+    if branch.magnitude is not None:
+        return _merged_dora(*_whole(layout, branch), weight)
+    pairs = branch.pairs(layout)
+    blocks = layout.blocks(weight)
+    if len(blocks) == 1 and blocks[0].numel() == weight.numel():
+        ((A, B),) = pairs
+        whole = _add(blocks[0], B, A, branch.scaling)
+        return (whole.T if layout.transposed else whole).reshape_as(weight)
+    merged = weight.clone(memory_format=torch.contiguous_format)
+    for block, (A, B) in zip(layout.blocks(merged), pairs, strict=True):
+        block.copy_(_add(block, B, A, branch.scaling))
+    return merged
+
+
+def _add(weight: Tensor, B: Tensor, A: Tensor, scaling: float) -> Tensor:
+    """W + s·B·A, walking the weight in the order in which it lies in memory."""
+    if weight.stride(-1) != 1 and weight.stride(0) == 1:
+        return linalg.add_lowrank(weight.T, A.T, B.T, scaling).T
+    return linalg.add_lowrank(weight, B, A, scaling)
+
+
+def _merged_dora(layout: Layout, branch: Branch, weight: Tensor) -> Tensor:
+    """m/‖W + ΔW‖ ⊙ (W + ΔW), in float64 by blocks of rows."""
+    ratio = branch.ratio().detach().double()
+    merged = weight.clone(memory_format=torch.contiguous_format)
+    done = 0
+    for block, (A, B) in zip(layout.blocks(merged), branch.pairs(layout), strict=True):
+        for start in range(0, len(block), 256):
+            rows = slice(start, start + 256)
+            summed = torch.addmm(block[rows].double(), B[rows].double(), A.double(), alpha=branch.scaling)
+            block[rows] = (summed * ratio[done + start : done + start + len(summed), None]).to(block.dtype)
+        done += len(block)
+    return merged
+
+
+@dataclass
+class NormCache:
+    """Row norms that hold as long as the tensors they came from are unchanged. Copies start empty."""
+
+    key: tuple[tuple[int, int], ...] = ()
+    norms: Tensor | None = None
+    squared_key: tuple[int, int] = (0, -1)
+    squared: list[Tensor] = field(default_factory=list)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> NormCache:
+        return NormCache()
+
+    def __reduce__(self) -> tuple[type[NormCache], tuple[()]]:
+        return NormCache, ()
+
+
+def row_norms(layout: Layout, weight: Tensor, branch: Branch, cache: NormCache, training: bool) -> Tensor:
+    """‖W + ΔW‖ of every row of the matrix view, (m,), float32; never through a dense ΔW."""
+    weight = weight.detach()
+    sources = (weight, branch.A, branch.B)
+    layout, branch = _whole(layout, branch)
+    if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in sources):
+        return _row_norms(layout, weight, branch, None)
+    squared_key = (weight.data_ptr(), weight._version)
+    if cache.squared_key != squared_key:
+        cache.squared = [linalg.row_norms_squared(block) for block in layout.blocks(weight)]
+        cache.squared_key, cache.key = squared_key, ()
+    key = tuple((tensor.data_ptr(), tensor._version) for tensor in sources)
+    # In training, optimisers may write through .data, which no version counter sees.
+    if training or cache.norms is None or cache.key != key:
+        cache.norms, cache.key = _row_norms(layout, weight, branch, cache.squared), key
+    return cache.norms
+
+
+def _row_norms(layout: Layout, weight: Tensor, branch: Branch, squared: list[Tensor] | None) -> Tensor:
+    blocks = layout.blocks(weight)
+    known: list[Tensor | None] = [*squared] if squared is not None else [None] * len(blocks)
+    norms = [
+        linalg.lowrank_row_norms(block, B, A, branch.scaling, squared=square)
+        for block, (A, B), square in zip(blocks, branch.pairs(layout), known, strict=True)
+    ]
+    return norms[0] if len(norms) == 1 else torch.cat(norms)
+
+
+def _whole(layout: Layout, branch: Branch) -> tuple[Layout, Branch]:
+    """A fused projection as one matrix: DoRA has a magnitude for its untouched rows too."""
+    if not isinstance(layout, matrix.Parts):
+        return layout, branch
+    A, B = layout.dense(branch.A, branch.B)
+    anchor = layout.dense(*branch.anchor) if branch.anchor else None
+    return Layout(transposed=layout.transposed), replace(branch, A=A, B=B, anchor=anchor)
