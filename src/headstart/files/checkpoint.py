@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,10 @@ def save(model: nn.Module, path: str | Path, *, rank: int | None = None) -> dict
         entries.append(entry)
         dropped[name] = lost
     config = {**_fields(adapter), **scales(entries, _pattern_names(adapter))}
-    provenance = _provenance(adapter, entries, truncated=rank is not None)
     report = json.dumps(adapter.report.to_dict(), indent=2, default=str) + "\n"
-    write_adapter(Path(path), entries, config, _extras(adapter), provenance, {REPORT: report})
+    write_adapter(
+        Path(path), entries, config, _extras(adapter), _provenance(adapter, rank is not None), {REPORT: report}
+    )
     return dropped if rank is not None else {}
 
 
@@ -146,19 +148,39 @@ def _extras(adapter: Adapter) -> dict[str, Tensor]:
     return found
 
 
-def _provenance(adapter: Adapter, entries: Sequence[Entry], truncated: bool) -> dict[str, Any]:
-    report = adapter.report
-    anchored = {n: layer.rank for n, layer in adapter.layers().items() if layer.anchor is not None}
+def _provenance(adapter: Adapter, truncated: bool) -> dict[str, Any]:
+    layers = adapter.layers()
+    return provenance(
+        adapter.report,
+        anchored={} if truncated else {n: layer.rank for n, layer in layers.items() if layer.anchor is not None},
+        frozen={n: letters for n, layer in layers.items() if (letters := _frozen(layer))},
+        weights={n: layer.original for n, layer in layers.items()},
+        parts={n: spans for n, layer in layers.items() if (spans := _ranges(layer))},
+    )
+
+
+def provenance(
+    report: InitReport,
+    anchored: Mapping[str, int],
+    frozen: Mapping[str, str],
+    weights: Mapping[str, Tensor],
+    parts: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What the metadata says about an adapter's origin, by the layers' paths.
+
+    Args:
+        anchored: the rank of the layers whose first r rows and columns are the trained factors, the others anchors.
+        frozen: the factors that do not train. weights: the base's. parts: the row ranges of fused projections.
+    """
     return {
         "format": VERSION,
         "strategy": report.strategy,
         "options": {name: value for name, value in report.options.items() if value is not None},
         "seed": report.seed,
-        # The first r rows and columns are the trained factors, the others their anchors.
-        "anchored": {} if truncated else anchored,
-        "frozen": {n: _frozen(layer) for n, layer in adapter.layers().items() if _frozen(layer)},
-        "parts": {n: spans for n, layer in adapter.layers().items() if (spans := _ranges(layer))},
-        "base": {n: sample(layer.original) for n, layer in adapter.layers().items()},
+        "anchored": dict(anchored),
+        "frozen": dict(frozen),
+        "parts": dict(parts or {}),
+        "base": {name: sample(weight) for name, weight in weights.items()},
     }
 
 
@@ -193,33 +215,52 @@ def load(model: nn.Module, path: str | Path, *, trainable: bool = False, strict:
         AdapterFormatError, KeyMismatch, WrongBase, NoTarget: before the model is changed.
     """
     adapt.check_plain(model)
-    file = read_adapter(path)
-    config = _config_of(file)
-    starts, sites = [], _sites(model, file)
-    holders = holders_of(model)
-    # The innermost of nested layers first, as they were installed.
-    for path_, entry in sorted(file.entries.items(), key=lambda item: -item[0].count("base_layer.")):
-        target = _target(entry, sites[path_], holders, file)
-        starts.append((target, _start(entry, target, file, config)))
-    if strict:
-        _check_base(starts, file)
-    extras = _checked_extras(model, file, config, strict)
-    report = InitReport(
-        strategy=str(file.provenance.get("strategy", "loaded")),
-        options=dict(file.provenance.get("options", {})),
-        seed=int(file.provenance.get("seed", 0)),
-        layers=(),
-        seconds=0.0,
-    )
-    adapter = adapt.install(model, config, starts, report)
-    _fill(adapter, extras)
+    plan = plan_load(model, read_adapter(path), strict)
+    adapter = adapt.install(model, plan.config, plan.starts, plan.report)
+    _fill(adapter, plan.extras)
     if not trainable:
         for parameter in adapter.parameters():
             parameter.requires_grad_(False)
     return adapter
 
 
-def _config_of(file: AdapterFile) -> LoraConfig:
+@dataclass(frozen=True)
+class Plan:
+    """What a file puts on a model, checked against it: the config, the starts, the other tensors, the report."""
+
+    config: LoraConfig
+    starts: list[tuple[Target, Start]]
+    extras: dict[str, Tensor]
+    report: InitReport
+
+
+def plan_load(model: nn.Module, file: AdapterFile, strict: bool = True) -> Plan:
+    """Check a file against a plain model. Changes nothing."""
+    config = config_of(file)
+    sites, holders = _sites(model, file), holders_of(model)
+    starts = []
+    # The innermost of nested layers first, as they were installed.
+    for path, entry in sorted(file.entries.items(), key=lambda item: -item[0].count("base_layer.")):
+        target = target_of(entry, *sites[path], file, holders[sites[path][0]])
+        starts.append((target, start_of_entry(entry, target, file, config.lora_dropout)))
+    if strict:
+        check_base({target.name: matrix.parameter_of(target.module, target.parameter) for target, _ in starts}, file)
+    return Plan(config, starts, _checked_extras(model, file, config, strict), report_of(file))
+
+
+def report_of(file: AdapterFile) -> InitReport:
+    """What a file says about how it was started."""
+    found = file.provenance
+    return InitReport(
+        strategy=str(found.get("strategy", "loaded")),
+        options=dict(found.get("options", {})),
+        seed=int(found.get("seed", 0)),
+        layers=(),
+        seconds=0.0,
+    )
+
+
+def config_of(file: AdapterFile) -> LoraConfig:
     """The part of the file's config that the adapter keeps."""
     given = file.config
     return LoraConfig(
@@ -256,17 +297,20 @@ def _suffix(entry: str, name: str) -> bool:
     return name == entry or name.endswith(f".{entry}")
 
 
-def _target(
-    entry: Entry, site: tuple[nn.Module, str], holders: Mapping[nn.Module, Holders], file: AdapterFile
-) -> Target:
-    module, parameter = site
+def target_of(entry: Entry, module: nn.Module, parameter: str, file: AdapterFile, holders: Holders = ()) -> Target:
+    """The weight that an entry adapts."""
     layout = matrix.layout(module, parameter, file.provenance.get("parts", {}).get(entry.path))
     rank = entry.rank // layout.copies
     scaling = entry.alpha / entry.rank
-    return Target(entry.name, module, holders[module], parameter, layout, rank, scaling * rank, scaling)
+    return Target(entry.name, module, holders, parameter, layout, rank, scaling * rank, scaling)
 
 
-def _start(entry: Entry, target: Target, file: AdapterFile, config: LoraConfig) -> Start:
+def start_of_entry(entry: Entry, target: Target, file: AdapterFile, dropout: float) -> Start:
+    """The start that an entry holds, its anchors apart again.
+
+    Raises:
+        KeyMismatch: if its shapes are not those of the target.
+    """
     weight = matrix.parameter_of(target.module, target.parameter)
     _check_shapes(entry, target, weight, file)
     A, B = target.layout.from_file(entry.A, entry.B)
@@ -286,7 +330,7 @@ def _start(entry: Entry, target: Target, file: AdapterFile, config: LoraConfig) 
         scaling=target.scaling,
         anchor=None if anchor is None else (_factor(anchor[0], device), _factor(anchor[1], device)),
         frozen=frozenset(file.provenance.get("frozen", {}).get(entry.path, "")),
-        dropout=config.lora_dropout,
+        dropout=dropout,
         magnitude=None if magnitude is None else _factor(magnitude.flatten(), device),
     )
 
@@ -324,11 +368,14 @@ def _check_shapes(entry: Entry, target: Target, weight: Tensor, file: AdapterFil
         raise KeyMismatch(f"{file.folder}: the magnitude of {entry.name!r} has {entry.magnitude.numel()} elements")
 
 
-def _check_base(starts: Sequence[tuple[Target, Start]], file: AdapterFile) -> None:
-    """Refuse another base model: the same shapes, other values."""
+def check_base(weights: Mapping[str, Tensor], file: AdapterFile) -> None:
+    """Refuse another base model: the same shapes, other values.
+
+    Args:
+        weights: the adapted weights by the layer's plain name.
+    """
     samples: Mapping[str, Any] = file.provenance.get("base", {})
     pairs: list[tuple[float, float]] = []
-    weights = {target.name: matrix.parameter_of(target.module, target.parameter) for target, _ in starts}
     for path, values in samples.items():
         if plain_name(path) in weights:
             pairs += zip(values, sample(weights[plain_name(path)]), strict=False)

@@ -126,6 +126,16 @@ class NormCache:
     norms: Tensor | None = None
     squared_key: tuple[int, int] = (0, -1)
     squared: list[Tensor] = field(default_factory=list)
+    factors: Pair | None = None
+
+    def remember(self, branch: Branch) -> None:
+        """Keep the factors on the CPU, where comparing them later costs next to nothing."""
+        on_cpu = branch.A.device.type == "cpu"
+        self.factors = (branch.A.detach().clone(), branch.B.detach().clone()) if on_cpu else None
+
+    def overwritten(self, branch: Branch) -> bool:
+        """Whether a factor was written to behind its version counter. Not asked on devices where it would wait."""
+        return self.factors is not None and not all(map(torch.equal, self.factors, (branch.A, branch.B)))
 
     def __deepcopy__(self, memo: dict[int, object]) -> NormCache:
         return NormCache()
@@ -147,8 +157,9 @@ def row_norms(layout: Layout, weight: Tensor, branch: Branch, cache: NormCache, 
         cache.squared_key, cache.key = squared_key, ()
     key = tuple((tensor.data_ptr(), tensor._version) for tensor in sources)
     # In training, optimisers may write through .data, which no version counter sees.
-    if training or cache.norms is None or cache.key != key:
+    if training or cache.norms is None or cache.key != key or cache.overwritten(branch):
         cache.norms, cache.key = _row_norms(layout, weight, branch, cache.squared), key
+        cache.remember(branch)
     return cache.norms
 
 

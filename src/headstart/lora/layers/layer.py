@@ -11,7 +11,7 @@ PEFT's files.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from headstart.errors import AdapterState
 from headstart.lora import delta, matrix
 from headstart.lora.delta import Branch, NormCache
 from headstart.lora.matrix import Layout, Pair
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,10 @@ class LoraLayer(nn.Module):
                 raise AdapterState("this layer is merged, its factors would get no gradient: unmerge(model) first")
             return False
         return self.enabled
+
+    def train(self, mode: bool = True) -> Self:
+        self._norms = NormCache()
+        return super().train(mode)
 
     def branch(self) -> Branch:
         """The branch as it runs now."""
