@@ -22,7 +22,7 @@ from headstart import linalg
 from headstart.errors import AdapterState, HeadstartError, MetaWeight, NonFiniteWeight, UnsupportedLayer
 from headstart.inits.strategy import Factors
 from headstart.lora import matrix
-from headstart.lora.config import Holders, LoraConfig, Target, holders_of, targets
+from headstart.lora.config import Holders, LoraConfig, Target, holders_of, targets, with_heads
 from headstart.lora.delta import Branch, NormCache, row_norms
 from headstart.lora.layers import LoraLayer, Start, TrainedModule, lora_layers, wrap
 from headstart.lora.report import InitReport, LayerReport
@@ -112,8 +112,8 @@ def adapt(model: nn.Module, config: LoraConfig | None = None) -> Adapter:
         >>> print(adapt(model, LoraConfig(r=2, init_lora_weights="pissa")))
         trainable params: 52 || all params: 142 || trainable%: 36.6197
     """
-    config = config or LoraConfig()
     check_plain(model)
+    config = with_heads(model, config or LoraConfig())
     began = time.perf_counter()
     chosen = targets(model, config)
     starts, reports = [], []

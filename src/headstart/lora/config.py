@@ -55,7 +55,8 @@ class LoraConfig:
         layers_pattern: the name of the list that those indices count, where it is not the first numbered one.
         target_parameters: bare parameters to adapt, (m, n) or (experts, m, n), by name or suffix.
         parts: for fused projections, by name or suffix: a flag for each equal part, or the row ranges to adapt.
-        task_type: what PEFT calls the task ("CAUSAL_LM", …); written into the saved config.
+        task_type: what PEFT calls the task ("CAUSAL_LM", …); written into the saved config. "SEQ_CLS" and "TOKEN_CLS"
+            train the classification head too.
         clip_rank: lower a rank that does not fit a weight instead of refusing it; the report says where.
         seed: of every random start. The same seed, model and names give the same start on any machine.
 
@@ -164,6 +165,14 @@ def _check_expression(name: str, value: str) -> None:
         re.compile(value)
     except re.error as error:
         raise BadOption(f"{name} {value!r} is no regular expression: {error}") from error
+
+
+def with_heads(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """For a classification task, the config with the model's new head among `modules_to_save`, as in PEFT."""
+    if config.modules_to_save is not None or config.task_type not in ("SEQ_CLS", "TOKEN_CLS"):
+        return config
+    heads = [name for name in ("classifier", "score") if isinstance(model._modules.get(name), nn.Module)]
+    return dataclasses.replace(config, modules_to_save=heads or None)
 
 
 @dataclass(frozen=True)

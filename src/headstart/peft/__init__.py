@@ -26,7 +26,7 @@ from headstart.errors import BadOption
 from headstart.files.adapter import PREFIX, read_adapter
 from headstart.files.checkpoint import plan_load
 from headstart.lora import adapt, matrix
-from headstart.lora.config import LoraConfig, Target, targets
+from headstart.lora.config import LoraConfig, Target, targets, with_heads
 from headstart.lora.layers import Start
 from headstart.lora.report import InitReport
 from headstart.peft.layers import exchange as exchange_layer
@@ -76,7 +76,7 @@ def get_peft_model(
     Raises:
         ConfigError, TargetError, WeightError: before anything is changed.
     """
-    own = _own_config(model, config)
+    own = with_heads(model, _own_config(model, config))
     changes: dict[str, Any] = {"init_lora_weights": init, "init_options": init_options, "seed": seed}
     own = dataclasses.replace(own, **{name: value for name, value in changes.items() if value is not None})
     if own.parts:
