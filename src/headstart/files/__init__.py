@@ -1,0 +1,1 @@
+"""What is written and read: PEFT's format, both ways, strictly and atomically."""
