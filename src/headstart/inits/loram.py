@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from headstart.inits.blocks import blocks
 from headstart.inits.checks import check_finite, check_fit, check_scaling
 from headstart.inits.split import KAIMING_ROW
 from headstart.inits.strategy import Factors, register
@@ -53,18 +54,20 @@ def loram(weight: Float[Tensor, "m n"], rank: int, scaling: float) -> Factors:
     check_fit(weight, rank)
     check_scaling(scaling)
     m, n = weight.shape
-    # Float64, or the squares of a large weight overflow; by rows, or a half-precision weight is copied whole.
-    norm = torch.stack([torch.linalg.vector_norm(row, dtype=torch.float64) for row in weight.detach()]).norm()
-    check_finite(weight, norm)
+    # In float64: the squares of a large weight overflow anything else.
+    norm = math.hypot(*(float(torch.linalg.vector_norm(block)) for *_, block in blocks(weight, torch.float64)))
+    check_finite(weight, torch.tensor(norm))
     # Deviation: at least 2, because log 1 = 0 would leave a rank-1 adapter with two zero factors, which cannot train.
     gain = math.log(max(rank, 2)) / math.log(max(min(m, n), 2))
-    beta = float(gain * norm**2 / rank) ** 0.25 / math.sqrt(scaling)
-    B = beta * _sines(m, rank)
-    A = (beta or KAIMING_ROW) * _sines(n, rank).T
+    beta = (gain * norm**2 / rank) ** 0.25 / math.sqrt(scaling)
+    A = (beta or KAIMING_ROW) * _waves(rank, n)
+    B = beta * _waves(m, rank)
     facts = {"effective_rank": rank if beta else 0, "gain": gain}
-    return Factors(A.float().to(weight.device), B.float().to(weight.device), anchored=True, facts=facts)
+    return Factors(A.float(), B.float(), anchored=True, facts=facts)
 
 
-def _sines(d: int, r: int) -> Float[Tensor, "d r"]:
-    i, j = torch.arange(1, d + 1, dtype=torch.float64), torch.arange(1, r + 1, dtype=torch.float64)
+def _waves(rows: int, columns: int) -> Float[Tensor, "rows columns"]:
+    """sin(i·j·π/(d+1)) along the longer side, with sum of squares 1."""
+    d = max(rows, columns)
+    i, j = torch.arange(1, rows + 1, dtype=torch.float64), torch.arange(1, columns + 1, dtype=torch.float64)
     return torch.outer(i, j).mul_(math.pi / (d + 1)).sin_().mul_(math.sqrt(2 / (d + 1)))

@@ -8,7 +8,7 @@ r"""MiCA: learn what to write into the output directions that W uses least.
 The output is unchanged at step zero, only A trains, and nothing that it learns can leave the minor subspace.
 
 Rüdiger, Raschka (2026), "MiCA Learns More Knowledge Than LoRA and Full Fine-Tuning", arXiv 2604.01694; PEFT has it
-as `init_lora_weights="mica"`. The authors advise half the rank and twice the learning rate of a LoRA that works.
+as `init_lora_weights="mica"`. Half the rank and twice the learning rate of a LoRA that works are advised.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ def mica(weight: Float[Tensor, "m n"], rank: int, generator: torch.Generator) ->
     # Deviation: B is float32, where PEFT rounds it to the weight's dtype and loses its orthonormality in bfloat16.
     m, n = weight.shape
     spectrum = bottomk_svd(weight, rank, generator=generator)
-    if 0 < spectrum.certificate.rank < rank and n < m:
-        # Left vectors of zero singular values are known only as what all the others leave over.
-        whole = bottomk_svd(weight, n, generator=generator).U
-        return Factors(torch.zeros(rank, n), whole[:, -rank:].float(), frozen=frozenset("B"), facts=certified(spectrum))
-    return Factors(torch.zeros(rank, n), spectrum.U.float(), frozen=frozenset("B"), facts=certified(spectrum))
+    facts, U = certified(spectrum), spectrum.U
+    if n < m and facts["effective_rank"] < rank and weight.any():
+        # On the long side, the left vectors of zero singular values are what all the others leave over.
+        U = bottomk_svd(weight, n, generator=generator).U[:, -rank:]
+    B = U.float()
+    return Factors(B.new_zeros(rank, n), B, frozen=frozenset("B"), facts=facts)

@@ -23,12 +23,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from headstart.inits.blocks import blocks
 from headstart.inits.checks import check_finite, check_fit, check_scaling
 from headstart.inits.kaiming import kaiming
 from headstart.inits.strategy import Factors, register
 from headstart.linalg import thin_qr
-
-BLOCK = 1 << 18  # numbers of W that are cast at a time
 
 
 @register("olora", paper="https://arxiv.org/abs/2406.01775", fact="a basis of the first r columns; a thin QR")
@@ -56,17 +55,17 @@ def olora(weight: Float[Tensor, "m n"], rank: int, scaling: float, generator: to
     """
     check_fit(weight, rank)
     check_scaling(scaling)
-    weight, (m, n) = weight.detach(), weight.shape
+    m, n = weight.shape
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    Q, _ = thin_qr(weight[:, :rank].to(dtype))
+    Q, _ = thin_qr(weight[:, :rank].detach().to(dtype))
     R = torch.zeros(rank, n, dtype=dtype, device=weight.device)
-    step = max(1, BLOCK // n)
-    for rows in (slice(start, start + step) for start in range(0, m, step)):
-        R.addmm_(Q[rows].T, weight[rows].to(dtype))
+    for rows, columns, block in blocks(weight, dtype):
+        R[:, columns].addmm_(Q[rows].T, block)
     check_finite(weight, R)
-    effective = {"effective_rank": int(torch.linalg.matrix_rank(R)), "route": "thin QR"}
-    if not weight.any():
-        return replace(kaiming((m, n), rank, generator), facts=effective)
+    effective = int(torch.linalg.matrix_rank(R))
+    facts = {"effective_rank": effective, "route": "thin QR"}
+    if not effective:
+        return replace(kaiming((m, n), rank, generator), facts=facts)
     # Deviation: divided by s, so that what the branch holds at step zero is the paper's Q_r·R_r (there s = 1) for every
     # alpha and for rsLoRA; in A, so that B stays orthonormal. PEFT does not divide and holds s times that.
-    return Factors(A=(R / scaling).float(), B=Q.float(), anchored=True, facts=effective)
+    return Factors(A=(R / scaling).float(), B=Q.float(), anchored=True, facts=facts)

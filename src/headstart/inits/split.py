@@ -36,8 +36,9 @@ def split_evenly(spectrum: Spectrum, scaling: float) -> Factors:
     check_scaling(scaling)
     U, S, V = spectrum.U, spectrum.S, spectrum.V
     root = (S / scaling).sqrt()
-    A = torch.where(S > 0, root, KAIMING_ROW)[:, None] * V.T
-    return Factors(A.float(), (U * root).float(), anchored=True, facts=certified(spectrum))
+    A = (V * torch.where(S > 0, root, KAIMING_ROW)).T
+    B = U * root
+    return Factors(A.float(), B.float(), anchored=True, facts=certified(spectrum))
 
 
 def certified(spectrum: Spectrum) -> dict[str, Any]:
