@@ -4,17 +4,32 @@
 >>> config = hs.LoraConfig(r=16, lora_alpha=16, init_lora_weights="pissa")
 >>> config.strategy.name
 'pissa'
+
+The names below are imported when they are used, so that `headstart --help` does not wait for torch.
 """
 
-from headstart.errors import HeadstartError
-from headstart.files.checkpoint import load, save
-from headstart.inits.strategy import Factors, Strategy, register
-from headstart.inits.strategy import names as strategies
-from headstart.lora.adapt import Adapter, MergeReport, adapt, merge, remove, unmerge
-from headstart.lora.config import LoraConfig
-from headstart.lora.report import InitReport
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from headstart.errors import HeadstartError
+    from headstart.files.checkpoint import load, save
+    from headstart.inits.strategy import Factors, Strategy, register
+    from headstart.inits.strategy import names as strategies
+    from headstart.lora.adapt import Adapter, MergeReport, adapt, merge, remove, unmerge
+    from headstart.lora.config import LoraConfig
+    from headstart.lora.report import InitReport
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "errors": ("HeadstartError",),
+    "files.checkpoint": ("load", "save"),
+    "inits": ("Factors", "Strategy", "register"),
+    "lora.adapt": ("Adapter", "MergeReport", "adapt", "merge", "remove", "unmerge"),
+    "lora.config": ("LoraConfig",),
+    "lora.report": ("InitReport",),
+}
 
 __all__ = [
     "Adapter",
@@ -33,3 +48,16 @@ __all__ = [
     "strategies",
     "unmerge",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "strategies":
+        return importlib.import_module("headstart.inits").names
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"headstart.{home}"), name)
+    raise AttributeError(f"module 'headstart' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
