@@ -24,6 +24,7 @@ from headstart.errors import BadOption, BadRank, MetaWeight, NonFiniteWeight, SV
 
 BLOCK = 1 << 20  # numbers of W that are cast at a time
 SMALL = 128  # a side up to here is solved densely in float64
+TINY = 2.0**-60  # products of W outside [TINY, 1/TINY] make it rescaled
 
 
 class Operator(Protocol):
@@ -50,6 +51,7 @@ class Certificate:
 
     Attributes:
         residual: the largest ‖Wᵀuᵢ − sᵢvᵢ‖/sᵢ or ‖Wvᵢ − sᵢuᵢ‖/sᵢ over the triplets that are not zero.
+        error: an estimate of the largest relative error of a singular value.
         energy: the share of ‖W‖² (Frobenius) that the triplets hold; None where W is known by products alone.
         energy_loss: an estimate of what they miss of the k best triplets' energy, as a share of it.
         gap: (s_k − s_{k+1})/s_k, or None where s_{k+1} is unknown or s_k is zero. A small gap means that the
@@ -60,6 +62,7 @@ class Certificate:
     """
 
     residual: float
+    error: float
     energy: float | None
     energy_loss: float
     gap: float | None
@@ -101,63 +104,68 @@ def named_generator(seed: int, strategy: str, name: str) -> torch.Generator:
 
 
 class _Dense:
-    """A weight as N = W·Wᵀ or Wᵀ·W of its short side, scaled by a power of two to max|W| in [1/2, 1)."""
+    """A weight as N = W·Wᵀ or Wᵀ·W of its short side, divided by a power of two where its squares need that."""
 
     def __init__(self, weight: Tensor) -> None:
         if weight.is_meta:
             raise MetaWeight(f"the singular values of a {tuple(weight.shape)} weight need its values: load it first")
-        low, high = (float(bound) for bound in torch.aminmax(weight))
-        if not math.isfinite(low + high) and not (math.isfinite(low) and math.isfinite(high)):
-            count = int((~torch.isfinite(weight)).sum())
-            raise NonFiniteWeight(f"a {tuple(weight.shape)} weight holds {count} NaN or infinite values: repair it")
         self.weight = weight
-        self.largest = max(abs(low), abs(high))
-        self.exponent = math.frexp(self.largest)[1]
+        self.exponent = 0
         self.wide = weight.shape[0] <= weight.shape[1]
         self.short, self.long = sorted(weight.shape)
         self.dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.device = weight.device
 
+    @property
+    def scale(self) -> float:
+        """What the products see W divided by."""
+        return 2.0**self.exponent
+
+    def rescale(self) -> bool:
+        """Bring max|W| to [1/2, 1). False for a zero weight."""
+        low, high = (float(bound) for bound in torch.aminmax(self.weight))
+        if not (math.isfinite(low) and math.isfinite(high)):
+            count = int((~torch.isfinite(self.weight)).sum())
+            raise NonFiniteWeight(f"a {tuple(self.weight.shape)} weight holds {count} NaN or infinite values: repair it")
+        largest = max(-low, high)
+        self.exponent = 0 if TINY < largest < 1 / TINY else math.frexp(largest)[1]
+        return largest > 0
+
     def blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """Slices along the long side, with W there as (short, c) if wide, else (c, short), in `dtype` and scaled."""
-        W, step = self.weight, max(1, BLOCK // self.short)
-        plain = W.dtype == dtype and W.stride(1) == 1 and W.stride(0) >= W.shape[1]
-        if plain and abs(self.exponent) < 30:
+        W = self.weight
+        if W.dtype == dtype and self.exponent == 0 and W.stride(1) == 1 and W.stride(0) >= W.shape[1]:
             yield slice(0, self.long), W
             return
-        buffer = torch.empty(min(step, self.long) * self.short, dtype=dtype, device=self.device)
+        step = min(max(1, BLOCK // self.short), self.long)
+        buffer = torch.empty(step * self.short, dtype=dtype, device=self.device)
         for start in range(0, self.long, step):
             part = slice(start, min(start + step, self.long))
             source = W[:, part] if self.wide else W[part]
             block = buffer[: source.numel()].view(source.shape).copy_(source)
-            if abs(self.exponent) >= 30:  # In two factors: 2^140 alone is infinite in float32.
+            if self.exponent:  # In two factors: 2^140 alone is infinite in float32.
                 half = -self.exponent // 2
                 block.mul_(2.0**half).mul_(2.0 ** (-self.exponent - half))
             yield part, block
 
-    @property
-    def scale(self) -> float:
-        """What `blocks` divided by."""
-        return 2.0**self.exponent if abs(self.exponent) >= 30 else 1.0
-
     def normal(self, X: Tensor, image: Tensor | None = None) -> Tensor:
         """X·N for rows X (b, short); fills `image` (b, long) with the rows of X on the other side."""
-        Z = X.new_zeros(X.shape[::-1] if self.wide else X.shape)
+        Z, across = X.new_zeros(X.shape[::-1] if self.wide else X.shape), X.t().contiguous()
         for part, block in self.blocks(X.dtype):
-            Y = X @ block if self.wide else (block @ X.t()).t().contiguous()
-            Z = Z.addmm_(block, Y.t()) if self.wide else Z.addmm_(Y, block)
+            Y = X @ block if self.wide else (block @ across).t().contiguous()
+            Z = Z.addmm_(block, Y.t().contiguous()) if self.wide else Z.addmm_(Y, block)
             if image is not None:
                 image[:, part] = Y
         return Z.t() if self.wide else Z
 
-    def gram(self) -> Tensor:
-        """N itself, in float64."""
-        G = torch.zeros(self.short, self.short, dtype=torch.float64, device=self.device)
-        for _, block in self.blocks(torch.float64):
+    def gram(self, dtype: torch.dtype) -> Tensor:
+        """N itself."""
+        G = torch.zeros(self.short, self.short, dtype=dtype, device=self.device)
+        for _, block in self.blocks(dtype):
             G = G.addmm_(block, block.t()) if self.wide else G.addmm_(block.t(), block)
         return G
 
-    def squared_norm(self) -> float:
+    def energy(self) -> float:
         return sum(float(torch.linalg.vector_norm(block)) ** 2 for _, block in self.blocks(self.dtype))
 
     def dense(self) -> Tensor:
@@ -169,41 +177,43 @@ class _Dense:
 class _Implicit:
     """The same view of a matrix that is known by its products."""
 
-    def __init__(self, operator: Operator, generator: torch.Generator) -> None:
+    def __init__(self, operator: Operator) -> None:
         self.operator = operator
         m, n = operator.shape
         self.wide = m <= n
         self.short, self.long = min(m, n), max(m, n)
         self.dtype = torch.float64 if operator.dtype == torch.float64 else torch.float32
         self.device = operator.device
-        probe = torch.randn(1, self.short, generator=generator, dtype=torch.float64).to(self.device, self.dtype)
-        self.largest = float(self._across(probe).abs().max())
-        if not math.isfinite(self.largest):
-            raise NonFiniteWeight(f"a {m, n} operator gives NaN or infinite products: repair its weight")
-        self.scale = 2.0 ** math.frexp(self.largest)[1] if self.largest > 0 else 1.0
+        self.scale = 1.0
+
+    def rescale(self) -> bool:
+        probe = torch.randn(1, self.short, generator=torch.Generator().manual_seed(0)).to(self.device, self.dtype)
+        largest = float(self._across(probe).abs().max())
+        if not math.isfinite(largest):
+            raise NonFiniteWeight(f"a {tuple(self.operator.shape)} operator gives NaN or infinite products: repair it")
+        self.scale = 2.0 ** math.frexp(largest)[1]
+        return largest > 0
 
     def _across(self, X: Tensor) -> Tensor:
-        return (self.operator.rmatmul(X.t()) if self.wide else self.operator.matmul(X.t())).t()
-
-    def _back(self, Y: Tensor) -> Tensor:
-        return (self.operator.matmul(Y.t()) if self.wide else self.operator.rmatmul(Y.t())).t()
+        X = X.to(self.dtype).t()
+        return (self.operator.rmatmul(X) if self.wide else self.operator.matmul(X)).t() / self.scale
 
     def normal(self, X: Tensor, image: Tensor | None = None) -> Tensor:
-        Y = self._across(X) / self.scale
+        Y = self._across(X)
         if image is not None:
             image.copy_(Y)
-        return self._back(Y) / self.scale
+        Z = (self.operator.matmul(Y.t()) if self.wide else self.operator.rmatmul(Y.t())).t() / self.scale
+        return Z.to(X.dtype)
 
-    def gram(self) -> Tensor:
-        W = self.dense()
+    def gram(self, dtype: torch.dtype) -> Tensor:
+        W = self.dense().to(dtype)
         return W @ W.t()
 
-    def squared_norm(self) -> None:
+    def energy(self) -> None:
         return None
 
     def dense(self) -> Tensor:
-        eye = torch.eye(self.short, dtype=self.dtype, device=self.device)
-        return self._across(eye).double() / self.scale
+        return self._across(torch.eye(self.short, device=self.device)).double()
 
 
 _Matrix = _Dense | _Implicit
@@ -243,14 +253,15 @@ def topk_svd(
     _check(operator.shape, k)
     if niter is not None and niter < 0:
         raise BadOption(f"niter is {niter}: choose 0 or more rounds, or None for a certificate")
-    if isinstance(operator, Tensor) and operator.stride(0) < operator.stride(1):  # Its rows lie in memory as columns.
+    if isinstance(operator, Tensor) and operator.stride(0) < operator.stride(1):  # Its columns are contiguous.
         return topk_svd(operator.t(), k, generator=generator, tolerance=tolerance, niter=niter).T
     with torch.no_grad():
-        matrix = _Dense(operator) if isinstance(operator, Tensor) else _Implicit(operator, generator)
-        if matrix.largest == 0.0:
+        matrix = _Dense(operator) if isinstance(operator, Tensor) else _Implicit(operator)
+        if not matrix.rescale():
             return _zero(matrix, k, generator)
-        for route in _routes(matrix, k, niter):
-            spectrum = route(matrix, k, generator, tolerance, niter)
+        start = _start(matrix, k, generator)
+        for route in _routes(matrix, k):
+            spectrum = route(matrix, k, start, tolerance, niter)
             if niter is not None or _holds(spectrum.certificate, tolerance):
                 return spectrum
     raise SVDError(
@@ -259,7 +270,7 @@ def topk_svd(
     )
 
 
-Route = Callable[[_Matrix, int, torch.Generator, float, int | None], Spectrum]
+Route = Callable[[_Matrix, int, Tensor, float, int | None], Spectrum]
 
 
 def _check(shape: tuple[int, ...], k: int) -> None:
@@ -269,124 +280,190 @@ def _check(shape: tuple[int, ...], k: int) -> None:
         raise BadRank(f"rank {k} does not fit a {tuple(shape)} weight: choose 1 to {min(shape)}")
 
 
-def _routes(matrix: _Matrix, k: int, niter: int | None) -> list[Route]:
+def _routes(matrix: _Matrix, k: int) -> list[Route]:
+    """From cheap to certain."""
     dense: list[Route] = [_gram_route, _svd_route]
-    if matrix.short <= SMALL or 4 * k > matrix.short:
+    if matrix.short <= SMALL:
         return dense
-    double = [] if matrix.dtype == torch.float64 else [_lanczos64]
-    return [_lanczos, *double, *dense]
+    if matrix.short <= 2 * SMALL or 6 * k > matrix.short:
+        return [_gram32_route, *dense] if matrix.dtype == torch.float32 else dense
+    if matrix.dtype == torch.float64 or isinstance(matrix, _Implicit):
+        return [_lanczos_route, *dense]
+    return [_lanczos_route, _lanczos64_route, *dense]
 
 
 def _holds(certificate: Certificate, tolerance: float) -> bool:
-    return certificate.energy_loss <= tolerance / 100 and certificate.residual <= math.sqrt(tolerance)
+    return certificate.energy_loss <= tolerance / 100 and certificate.error <= tolerance
 
 
-def _lanczos(matrix: _Matrix, k: int, generator: torch.Generator, tolerance: float, niter: int | None) -> Spectrum:
-    return _krylov(matrix, k, generator, tolerance, niter, matrix.dtype)
+def _start(matrix: _Matrix, k: int, generator: torch.Generator) -> Tensor:
+    """Orthonormal random rows, as many as one block of the iteration."""
+    import os
+    width = min(int(os.environ.get('BW','0')) or (16 if k <= 24 else 32), max(1, matrix.short // 4))
+    start = torch.randn(matrix.short, width, generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(start)[0].t().to(matrix.dtype).to(matrix.device).contiguous()
 
 
-def _lanczos64(matrix: _Matrix, k: int, generator: torch.Generator, tolerance: float, niter: int | None) -> Spectrum:
-    return _krylov(matrix, k, generator, tolerance, niter, torch.float64)
+class _Lanczos:
+    """An orthonormal basis of the block Krylov space of N, and N on it.
+
+        N·Qᵀ = Qᵀ·T + (new block)ᵀ·coupling                   Q: (K, d) in rows, T: (K, K)
+    """
+
+    def __init__(self, start: Tensor, room: int) -> None:
+        self.block = start
+        self.Q = start.new_empty(room, start.shape[1])
+        self.T = torch.zeros(0, 0, dtype=torch.float64)
+        self.rows: list[Tensor] = []  # Of T, since it was last put together.
+        self.size = 0
+        self.coupling = start
+
+    def absorb(self, Z: Tensor) -> None:
+        """One step, given Z = N applied to the current block."""
+        b = len(Z)
+        if self.size + b > len(self.Q):
+            self.Q = torch.cat([self.Q, torch.empty_like(self.Q)])
+        self.Q[self.size : self.size + b] = self.block
+        self.size += b
+        known, near = self.Q[: self.size], self.Q[max(0, self.size - 2 * b) : self.size]
+        # In exact arithmetic N couples a block to its two neighbours alone.
+        H = Z @ near.t()
+        columns, R = torch.linalg.qr(torch.addmm(Z, H, near, alpha=-1).t())
+        # Then against everything, on unit columns: one that was only rounding becomes a fresh direction.
+        fix = columns.t() @ known.t()
+        columns, again = torch.linalg.qr(torch.addmm(columns.t(), fix, known, alpha=-1).t())
+        row = R.t() @ fix
+        row[:, -len(near) :] += H
+        self.rows.append(row)
+        self.coupling, self.block = again @ R, columns.t()
+
+    def ritz(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """All Ritz values, largest first; the k leading vectors (K, k) in the basis, and their residual norms."""
+        T, start = torch.zeros(self.size, self.size, dtype=torch.float64), len(self.T)
+        T[:start, :start] = self.T
+        for row in self.rows:
+            T[row.shape[1] - len(row) : row.shape[1], : row.shape[1]] = row
+        self.T, self.rows = T, []
+        theta, Y = torch.linalg.eigh(T, UPLO="L")
+        theta, Y = theta.flip(0), Y[:, -k:].flip(1)
+        coupling = self.coupling.to("cpu", torch.float64)
+        return theta, Y, torch.linalg.vector_norm(coupling @ Y[-coupling.shape[1] :], dim=0)
 
 
-def _width(k: int) -> int:
-    return 8 if k <= 8 else 16 if k <= 32 else 32 if k <= 64 else 64
-
-
-def _krylov(
-    matrix: _Matrix, k: int, generator: torch.Generator, tolerance: float, niter: int | None, dtype: torch.dtype
-) -> Spectrum:
-    d, b = matrix.short, min(_width(k), matrix.short // 4)
-    limit = d // 2 + b
-    budget = None if niter is None else min(limit, k + math.ceil(2.5 * k * math.sqrt(niter)))
-    start = torch.randn(b, d, generator=generator, dtype=torch.float64).to(matrix.device, dtype)
-    Q = torch.empty(min(limit, 8 * k + 128) + 2 * b, d, dtype=dtype, device=matrix.device)
-    T = torch.zeros(limit + 2 * b, limit + 2 * b, dtype=torch.float64, device=matrix.device)
-    Q[:b] = torch.linalg.qr(start.t())[0].t()
-    size, passes = 0, 0
-    next_check = max(2 * k, k + 2 * b)
+def _lanczos_route(matrix: _Matrix, k: int, start: Tensor, tolerance: float, niter: int | None) -> Spectrum:
+    d, b = matrix.short, len(start)
+    limit = 3 * d // 4
+    import os
+    if matrix.short<=1024 and int(os.environ.get('EXPL','0')):
+        N=matrix.gram(start.dtype); product=lambda X: X@N
+    else: product=matrix.normal
+    basis = _Lanczos(start, min(limit, 6 * k + 8 * b) + b)
+    goal = math.log(tolerance / 100)
+    seen: list[tuple[int, float, float]] = []  # (size, Σθ, log of Σr²/θ as a share) at each check
+    check = k + b if niter is None else min(limit, k + int(_degree(niter) * math.sqrt(k * b)))
+    growth = 4.0
     while True:
-        block = Q[size : size + b]
-        Z = matrix.normal(block)
-        size, passes = size + b, passes + 1
-        known = Q[:size]
-        H = Z @ known.t()
-        Z = Z.addmm(H, known, alpha=-1)
-        first, R1 = torch.linalg.qr(Z.t())
-        # Again, on unit columns: a column that was only rounding is a fresh direction now, orthogonal to the rest.
-        fix = first.t() @ known.t()
-        second, R2 = torch.linalg.qr((first.t().addmm(fix, known, alpha=-1)).t())
-        T[size - b : size, :size] = (H + R1.t() @ fix).double()
-        coupling = (R2 @ R1).double()
-        if size + 2 * b > Q.shape[0]:
-            Q = torch.cat([Q, torch.empty_like(Q)])
-        Q[size : size + b] = second.t()
-        if budget is not None:
-            if size < budget:
-                continue
-        elif size < next_check and size < limit:
+        basis.absorb(product(basis.block))
+        if basis.size < check:
             continue
-        part = T[:size, :size].tril()
-        theta, Y = torch.linalg.eigh(part, UPLO="L")
-        theta, Y = theta.flip(0), Y.flip(1)
-        residuals = torch.linalg.vector_norm(coupling @ Y[size - b :, :k], dim=0)
-        scaled = residuals / theta[:k].clamp_min(1e-300)
-        worst = float(torch.where(theta[:k] > 1e-11 * theta[0], scaled, 0.0).max())
-        if budget is not None or worst <= 0.3 * math.sqrt(tolerance) or size >= limit:
+        theta, Y, residuals = basis.ritz(k)
+        head = theta[:k].clamp_min(torch.finfo(start.dtype).eps * theta[0])
+        total = float(head.sum())
+        share = float((residuals**2 / head).sum()) / total
+        if seen and share < seen[-1][2]:
+            growth = min(10.0, max(1.0, (total - seen[-1][1]) / total / (seen[-1][2] - share)))
+        resolved = head > 1e-6 * head[0]
+        worst = float(torch.where(resolved, residuals / head, 0.0).max()) ** 2
+        if niter is not None or basis.size >= limit:
             break
-        next_check = max(size + b, int(1.15 * size))
-    X = (Y[:, :k].t().to(dtype) @ Q[:size]).contiguous()
-    del Q
-    name = f"block Lanczos, {'float64' if dtype == torch.float64 else 'float32'}, {size // b} x {b}"
-    return _finish(matrix, torch.linalg.qr(X.t())[0].t().contiguous(), theta[k : k + 1], name, passes)
+        excess = max(growth * share / (tolerance / 100), growth * worst / 2 / tolerance)
+        if excess <= 1:
+            break
+        if not seen:
+            check = max(basis.size + b, 2 * k + 4 * b)
+        else:
+            slope = math.log(seen[-1][2] / share) / (basis.size - seen[-1][0]) if share < seen[-1][2] else 0.0
+            ahead = math.log(excess) / slope / 1.15 if slope > 0 else math.inf
+            check = basis.size + int(min(max(ahead, b), 0.4 * basis.size + b))
+        seen.append((basis.size, total, share))
+    if niter is None and basis.size >= limit:
+        return _gram_route(matrix, k, start, tolerance, niter)
+    X = Y.t().to(start.device, start.dtype) @ basis.Q[: basis.size]
+    route = f"block Lanczos, {str(start.dtype)[6:]}, {basis.size // b} x {b}"
+    steps = basis.size // b
+    del basis
+    X = torch.addmm(X, X @ X.t(), X, beta=1.5, alpha=-0.5)  # Orthonormal to rounding.
+    return _finish(matrix, X, theta[k : k + 1], growth, route, steps)
 
 
-def _gram_route(matrix: _Matrix, k: int, generator: torch.Generator, tolerance: float, niter: int | None) -> Spectrum:
-    theta, X = torch.linalg.eigh(matrix.gram())
-    return _finish(matrix, X.flip(1)[:, :k].t().contiguous(), theta.flip(0)[k : k + 1], "float64 Gram", 1)
+def _degree(niter: int) -> int:
+    """How many of its powers of N a Krylov space needs to match `niter` rounds of subspace iteration."""
+    return 1 + math.ceil(0.75 * math.sqrt(niter))
 
 
-def _svd_route(matrix: _Matrix, k: int, generator: torch.Generator, tolerance: float, niter: int | None) -> Spectrum:
+def _lanczos64_route(matrix: _Matrix, k: int, start: Tensor, tolerance: float, niter: int | None) -> Spectrum:
+    return _lanczos_route(matrix, k, torch.linalg.qr(start.double().t())[0].t(), tolerance, niter)
+
+
+def _gram_route(matrix: _Matrix, k: int, start: Tensor, tolerance: float, niter: int | None) -> Spectrum:
+    theta, X = torch.linalg.eigh(matrix.gram(torch.float64))
+    return _finish(matrix, X[:, -k:].flip(1).t().contiguous(), theta.flip(0)[k : k + 1], 1.0, "float64 Gram", 1)
+
+
+def _gram32_route(matrix: _Matrix, k: int, start: Tensor, tolerance: float, niter: int | None) -> Spectrum:
+    theta, X = torch.linalg.eigh(matrix.gram(torch.float32))
+    return _finish(matrix, X[:, -k:].flip(1).t().contiguous(), theta.flip(0)[k : k + 1], 4.0, "float32 Gram", 1)
+
+
+def _svd_route(matrix: _Matrix, k: int, start: Tensor, tolerance: float, niter: int | None) -> Spectrum:
     X, S, _ = torch.linalg.svd(matrix.dense(), full_matrices=False)
-    return _finish(matrix, X[:, :k].t().contiguous(), S[k : k + 1] ** 2, "float64 SVD", 1)
+    return _finish(matrix, X[:, :k].t().contiguous(), S[k : k + 1] ** 2, 1.0, "float64 SVD", 1)
 
 
-def _finish(matrix: _Matrix, X: Tensor, following: Tensor, route: str, passes: int) -> Spectrum:
+def _finish(matrix: _Matrix, X: Tensor, following: Tensor, growth: float, route: str, passes: int) -> Spectrum:
     """The triplets in the span of the orthonormal rows X (k, short), and how good they are.
 
     Args:
         following: the (k+1)-th eigenvalue of N as far as it is known, or nothing.
+        growth: what a squared residual is multiplied by to estimate the error of an eigenvalue.
     """
-    k = X.shape[0]
+    k = len(X)
     image = X.new_empty(k, matrix.long)
     NX = matrix.normal(X, image)
     long, R = torch.linalg.qr(image.t())
-    P, S, Qh = torch.linalg.svd(R.double())
-    short, image_side = Qh.to(X.dtype) @ X, (long @ P.to(X.dtype)).t()
-    eps = torch.finfo(matrix.dtype).eps
-    rank = int((S > 8 * eps * S[0]).sum())
-    Sr = S[:rank]
-    error = (Qh[:rank].to(X.dtype) @ NX) / Sr[:, None].to(X.dtype) - Sr[:, None].to(X.dtype) * short[:rank]
-    relative = torch.linalg.vector_norm(error, dim=1).double() / Sr
-    residual = float(relative.max()) if rank else 0.0
-    best = float((Sr**2).sum())
-    loss = float((relative**2 * Sr**2).sum()) / best if rank else 0.0
-    total = matrix.squared_norm()
-    gap = None
-    if len(following) and rank == k:
-        gap = max(0.0, 1.0 - math.sqrt(max(0.0, float(following[0]))) / float(S[k - 1]))
-    certificate = Certificate(residual, None if not total else best / total, loss, gap, rank, route, passes + 1)
-    S = torch.cat([Sr, S.new_zeros(k - rank)])
-    U, V = (short, image_side) if matrix.wide else (image_side, short)
+    P, S, Qh = torch.linalg.svd(R.to("cpu", torch.float64))
+    rank = int((S > 8 * torch.finfo(matrix.dtype).eps * S[0]).sum())
+    P, Qh = P.to(X.device, X.dtype), Qh.to(X.device, X.dtype)
+    short, other = Qh @ X, P.t() @ long.t()
+    found = S[:rank, None].to(X.device, X.dtype)
+    # W·v from the same pass; Wᵀ·u − s·v is zero by construction.
+    error = (Qh[:rank] @ NX) / found - found * short[:rank]
+    relative = torch.linalg.vector_norm(error, dim=1).to("cpu", torch.float64) / S[:rank]
+    squares = S[:rank] ** 2
+    total, held = matrix.energy(), float(squares.sum())
+    certificate = Certificate(
+        residual=float(relative.max()) if rank else 0.0,
+        error=growth / 2 * float(relative.max()) ** 2 if rank else 0.0,
+        energy=None if total is None else min(1.0, held / total),
+        energy_loss=growth * float((relative**2 * squares).sum()) / held if rank else 0.0,
+        gap=max(0.0, 1.0 - math.sqrt(max(0.0, float(following[0]))) / float(S[k - 1]))
+        if rank == k and len(following)
+        else None,
+        rank=rank,
+        route=route,
+        passes=passes + 1,
+    )
+    S[rank:] = 0.0
+    U, V = (short, other) if matrix.wide else (other, short)
     U, V = U.to(matrix.dtype).t(), V.to(matrix.dtype).t()
     sign = _signs(U, V)
-    return Spectrum((U * sign).contiguous(), _fit(S, matrix), (V * sign).contiguous(), certificate)
+    return Spectrum((U * sign).contiguous(), _rescaled(S, matrix), (V * sign).contiguous(), certificate)
 
 
-def _fit(S: Tensor, matrix: _Matrix) -> Tensor:
+def _rescaled(S: Tensor, matrix: _Matrix) -> Tensor:
     """S times the scale, in the working dtype where that can hold it."""
     info = torch.finfo(matrix.dtype)
-    S = S * matrix.scale
+    S = (S * matrix.scale).to(matrix.device)
     return S if float(S[0]) > info.max or 0 < float(S[0]) < info.tiny else S.to(matrix.dtype)
 
 
@@ -401,7 +478,7 @@ def _zero(matrix: _Matrix, k: int, generator: torch.Generator) -> Spectrum:
     sides = [torch.randn(side, k, generator=generator, dtype=torch.float64) for side in (matrix.short, matrix.long)]
     short, long = (torch.linalg.qr(side)[0].to(matrix.device, matrix.dtype) for side in sides)
     U, V = (short, long) if matrix.wide else (long, short)
-    certificate = Certificate(0.0, 1.0, 0.0, None, 0, "zero", 1)
+    certificate = Certificate(0.0, 0.0, 1.0, 0.0, None, 0, "zero", 1)
     return Spectrum(U, torch.zeros(k, dtype=matrix.dtype, device=matrix.device), V, certificate)
 
 
@@ -419,10 +496,10 @@ def bottomk_svd(weight: Tensor, k: int, *, generator: torch.Generator) -> Spectr
     _check(weight.shape, k)
     with torch.no_grad():
         matrix = _Dense(weight)
-        if matrix.largest == 0.0:
+        if not matrix.rescale():
             return _zero(matrix, k, generator)
-        theta, X = torch.linalg.eigh(matrix.gram())
-        return _finish(matrix, X[:, :k].flip(1).t().contiguous(), theta[:0], "float64 Gram", 1)
+        theta, X = torch.linalg.eigh(matrix.gram(torch.float64))
+        return _finish(matrix, X[:, :k].flip(1).t().contiguous(), theta[:0], 1.0, "float64 Gram", 1)
 
 
 # ------------------------------------------------------------------ thin factors
