@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -81,8 +81,8 @@ def linear(
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
     dropped, s = _draw(x, dropout, scaling)
     A0, B0 = frozen or (None, None)
-    y: Tensor = _Branch.apply(dtype, s, None, x, W, bias, A, B, A0, B0, magnitude, norm, dropped)
-    return y
+    gain = None if magnitude is None or norm is None else _gain(magnitude, norm)
+    return _fused(dtype, s, None, x, W, bias, A, B, A0, B0, gain, dropped)
 
 
 def add_branch(
@@ -103,8 +103,7 @@ def add_branch(
         return y + _delta(x, A, B, scaling, frozen, dropout).to(y.dtype)
     dropped, s = _draw(x, dropout, scaling)
     A0, B0 = frozen or (None, None)
-    out: Tensor = _Branch.apply(y.dtype, s, y, x, None, None, A, B, A0, B0, None, None, dropped)
-    return out
+    return _fused(y.dtype, s, y, x, None, None, A, B, A0, B0, None, dropped)
 
 
 def _composed(
@@ -120,7 +119,7 @@ def _composed(
     norm: Tensor | None,
 ) -> Tensor:
     """The equations in PyTorch's words: what a compiler fuses by itself, and what gives W a gradient."""
-    gain = None if magnitude is None or norm is None else _gain(magnitude, norm.detach())
+    gain = None if magnitude is None or norm is None else _gain(magnitude, norm)
     y = F.linear(x, W, bias if gain is None else None)
     y = y + _delta(x, A, B, scaling, frozen, dropout).to(y.dtype)
     if gain is None:
@@ -152,69 +151,63 @@ class _Branch(torch.autograd.Function):
         B: Tensor,
         A0: Tensor | None,
         B0: Tensor | None,
-        magnitude: Tensor | None,
-        norm: Tensor | None,
+        gain: Tensor | None,
         dropped: Tensor | None,
     ) -> Tensor:
-        _, _, _, _, _, _, A_asks, B_asks, _, _, magnitude_asks, _, _ = ctx.needs_input_grad
+        _, _, _, _, _, _, A_asks, B_asks, _, _, gain_asks, _ = ctx.needs_input_grad
         y = x.new_empty(*x.shape[:-1], len(B), dtype=dtype)
         Y, Z, output = y.view(-1, len(B)), None, None
         with torch.autocast(x.device.type, enabled=False):
             X = _rows(x, dtype)
             down, up = _pair(A, B, A0, B0, s, dtype)
-            h = _kept(X, dropped) @ down.t()
-            if base is not None:
+            h = _multiply((_kept(X, dropped),), (down,), X.new_empty(len(X), len(down)))
+            if W is None:
+                assert base is not None
                 torch.addmm(_rows(base, dtype), h, up.t(), out=Y)
-            elif W is not None and (magnitude is None or norm is None):
-                _multiply((X, h), (W, up), Y, bias=bias)
-            elif W is not None:
-                gain = _gain(magnitude, norm)
-                if not magnitude_asks or _read_back(bias, dtype):
-                    _multiply((X, h), (W, up), Y, gain=gain, bias=bias)
-                    Z, output = Y.data, _Watch(Y)
-                else:
-                    Z = _multiply((X, h), (W, up), torch.empty_like(Y))
-                    _rescale(Z, gain, bias, Y)
-        ctx.dtype, ctx.s, ctx.output = dtype, s, output
+            elif gain is None or not gain_asks:
+                _multiply((X, h), (W, up), Y, gain=gain, bias=bias)
+            elif _read_back(bias, dtype):
+                _multiply((X, h), (W, up), Y, gain=_nonzero(gain))
+                Z, output = Y.data, _Watch(Y)
+            else:
+                Z = _multiply((X, h), (W, up), torch.empty_like(Y))
+                _rescale(Z, gain, bias, Y)
+        ctx.dtype, ctx.x_dtype, ctx.s, ctx.output = dtype, x.dtype, s, output
         ctx.save_for_backward(
-            x if A_asks or magnitude_asks else None,
+            x if A_asks or gain_asks else None,
             h[:, : len(A)].contiguous() if B_asks else None,
-            Z if magnitude_asks else None,
-            *(dropped, W, A, B, A0, B0, magnitude, norm),
+            *(Z, W, A, B, A0, B0, gain, dropped),
         )
-        ctx.x_dtype = x.dtype
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, Z, dropped, W, A, B, A0, B0, magnitude, norm = ctx.saved_tensors
-        _, _, base_asks, x_asks, _, bias_asks, A_asks, B_asks, _, _, magnitude_asks, _, _ = ctx.needs_input_grad
-        dx = dbias = dA = dB = dmagnitude = None
+        x, h, Z, W, A, B, A0, B0, gain, dropped = ctx.saved_tensors
+        _, _, base_asks, x_asks, _, bias_asks, A_asks, B_asks, _, _, gain_asks, _ = ctx.needs_input_grad
+        dx = dbias = dA = dB = dgain = None
         with torch.autocast(dy.device.type, enabled=False):
             dY = _rows(dy, ctx.dtype)
-            X = None if x is None else _rows(x, ctx.dtype)
             down, up = _pair(A, B, A0, B0, ctx.s, ctx.dtype)
             if bias_asks:
                 dbias = dY.sum(0)
-            if magnitude is not None:
-                gain = _gain(magnitude, norm)
-                if magnitude_asks:
-                    if ctx.output and ctx.output.changed():
-                        Z = _multiply((X, _kept(X, dropped) @ down.t()), (W, up), torch.empty_like(Z))
-                        ctx.output = None
-                    dmagnitude = _column_dots(dY, Z, gain.dtype) / norm
-                    if ctx.output:
-                        dmagnitude /= gain
-                    dmagnitude.masked_fill_(norm == 0, 0)
+            if gain_asks:
+                intact = ctx.output is not None and not ctx.output.changed()
+                if ctx.output is not None and not intact:
+                    X = _rows(x, ctx.dtype)
+                    Z = _multiply((X, _kept(X, dropped) @ down.t()), (W, up), torch.empty_like(Z))
+                dgain = _column_dots(dY, Z, gain.dtype)
+                if intact:
+                    dgain /= _nonzero(gain)
+            if gain is not None:
                 dY = _rescale(dY, gain, None, torch.empty_like(dY))
             if B_asks:
                 dB = (dY.t() @ h).to(B.dtype) * ctx.s
             if A_asks or x_asks:
-                dh = dY @ up
+                dh = _multiply((dY,), (up.t(),), dY.new_empty(len(dY), len(down)))
             if A_asks:
-                both = dh if A0 is None else dh[:, : len(A)] + dh[:, len(A) :]
-                dA = (both.t() @ _kept(X, dropped)).to(A.dtype)
+                dAx = dh if A0 is None else dh[:, : len(A)] + dh[:, len(A) :]
+                dA = (dAx.t() @ _kept(_rows(x, ctx.dtype), dropped)).to(A.dtype)
             if x_asks:
                 dX = dY.new_empty(len(dY), A.shape[1])
                 if W is None:
@@ -224,7 +217,10 @@ class _Branch(torch.autograd.Function):
                 else:
                     _multiply((dY,), (W.t(),), dX).add_(_zero_(dh @ down, dropped))
                 dx = dX.view(*dy.shape[:-1], A.shape[1]).to(ctx.x_dtype)
-        return None, None, dy if base_asks else None, dx, None, dbias, dA, dB, None, None, dmagnitude, None, None
+        return None, None, dy if base_asks else None, dx, None, dbias, dA, dB, None, None, dgain, None
+
+
+_fused: Callable[..., Tensor] = _Branch.apply
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Float[Tensor, "T n"]:
@@ -244,8 +240,13 @@ def _pair(
 
 
 def _gain(magnitude: Float[Tensor, " m"], norm: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
+    """magnitude / norm; a zero row has no direction to rescale, and no gradient."""
+    norm = norm.detach()
     zero = norm == 0
-    gain = (magnitude / norm.masked_fill(zero, 1)).masked_fill(zero, 1)
+    return (magnitude / norm.masked_fill(zero, 1)).masked_fill(zero, 1)
+
+
+def _nonzero(gain: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
     return gain.masked_fill(gain.abs() < SMALLEST_GAIN, SMALLEST_GAIN)
 
 
@@ -275,7 +276,7 @@ class _Watch:
 
 
 def _slabs(*tensors: Float[Tensor, "T m"]) -> Iterator[tuple[Tensor, ...]]:
-    """On a CPU a few rows at a time: an operation on bf16 and float32 makes float32 copies, which then fit its cache."""
+    """On a CPU a few rows at a time: an operation on bf16 and float32 makes float32 copies there, best in cache."""
     return zip(*(t.split(64) for t in tensors), strict=True) if tensors[0].is_cpu else iter([tensors])
 
 
@@ -300,11 +301,11 @@ def _column_dots(a: Float[Tensor, "T m"], b: Float[Tensor, "T m"], dtype: torch.
 
 
 def _draw(x: Tensor, p: float, scaling: float) -> tuple[Tensor | None, float]:
-    """What to drop of x, from the global generator; and s, divided by the share that stays.
+    """What to drop of x, from the global generator; and s divided by the share that stays.
 
-    A bool mask, or on a CPU, where one random number per entry costs half as much as the layer's product, the dropped
-    positions alone: the gaps between them are geometric, so p·|x| draws do (1024 × 2816 entries, p = 0.05: 3 ms instead of 25,
-    and 0.2 bytes an entry).
+    A bool mask; or, on a CPU, where a random number for each entry costs half as much as the layer's product, the
+    dropped positions alone. The gaps between them are geometric, so p·|x| draws do: 3 ms instead of 25 for 1024 × 2816
+    entries and p = 0.05, and 0.2 bytes an entry.
     """
     if p == 0:
         return None, scaling
@@ -389,6 +390,6 @@ def _side_by_side(parts: list[Tensor], buffer: Tensor) -> Tensor:
 @functools.cache
 def _emulated(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies `dtype` in software. Known for x86, and to PyTorch versions that can tell."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     native = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}.get(dtype, ())
     return capabilities.get("architecture") == "x86_64" and bool(native) and not any(capabilities[f] for f in native)
