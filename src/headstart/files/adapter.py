@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,13 @@ from torch import Tensor
 
 from headstart.errors import AdapterFormatError, FileError, KeyMismatch
 from headstart.files import atomic
+from headstart.files.fields import check_config, check_origin
 from headstart.files.header import parse_object, read_header, read_json
 
 CONFIG, TENSORS, REPORT = "adapter_config.json", "adapter_model.safetensors", "init_report.json"
 PREFIX = "base_model.model."
 METADATA = "headstart"
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SLOTS = {
     "lora_A.weight": "A",
     "lora_B.weight": "B",
@@ -36,22 +38,6 @@ _SLOTS = {
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
 }
-# Fields that change what the tensors mean, and that we do not serve: silence would be a wrong function.
-_UNSERVED = {
-    "lora_bias": False,
-    "alora_invocation_tokens": None,
-    "use_qalora": False,
-    "use_bdlora": None,
-    "layer_replication": None,
-    "trainable_token_indices": None,
-    "monteclora_config": None,
-    "kasa_config": None,
-    "velora_config": None,
-    "arrow_config": None,
-    "megatron_config": None,
-}
-# Starts of PEFT that replace the base's weights: A and B alone do not say what the adapter means.
-_MUTATING = re.compile(r"pissa|pissa_niter_\d+|olora|corda|lora_ga|loftq")
 
 
 @dataclass(frozen=True)
@@ -152,8 +138,6 @@ def write_adapter(
         provenance: plain values about its origin, for the metadata.
         more: other text files to write with it, by name.
     """
-    from safetensors.torch import save_file
-
     tensors = {key: value for entry in entries for key, value in entry.tensors().items()}
     tensors |= {f"{PREFIX}{name}": value for name, value in extras.items()}
     tensors = {name: _separate(value) for name, value in tensors.items()}
@@ -162,9 +146,19 @@ def write_adapter(
     metadata = {"format": "pt", METADATA: json.dumps({**provenance, "adapter_config": json.loads(text)})}
     size = sum(t.numel() * t.element_size() for t in tensors.values()) + len(text) + len(metadata[METADATA])
     writers: dict[str, atomic.Writer] = {n: atomic.text_writer(t) for n, t in (more or {}).items()}
-    writers[TENSORS] = lambda path: save_file(tensors, path, metadata)
+    writers[TENSORS] = lambda path: _write_tensors(path, tensors, metadata)
     writers[CONFIG] = atomic.text_writer(text)
     atomic.write_files(folder, writers, size=size)
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:  # a full disk, a quota
+        raise OSError(str(error)) from error
 
 
 def _separate(tensor: Tensor) -> Tensor:
@@ -181,14 +175,14 @@ def find_adapter(path: str | Path) -> Path:
         AdapterFormatError: if there is none; it says what was looked for.
     """
     folder = Path(path)
-    if folder.is_dir():
+    if _stands(folder, Path.is_dir):
         for name in (CONFIG, TENSORS):
             if not (folder / name).is_file():
                 pickled = (folder / "adapter_model.bin").is_file()
                 hint = "; it has a pickle, which is not loaded: convert it to safetensors" if pickled else ""
                 raise AdapterFormatError(f"{folder} has no {name}{hint}")
         return folder
-    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+    if _stands(folder) or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         raise AdapterFormatError(f"{path} is neither a folder with {CONFIG} and {TENSORS} nor a name on the hub")
     try:
         from huggingface_hub import snapshot_download
@@ -212,50 +206,32 @@ def read_adapter(path: str | Path, *, allow_nonfinite: bool = False) -> AdapterF
 
     folder = find_adapter(path)
     header = read_header(folder / TENSORS)
-    provenance = parse_object(header.metadata.get(METADATA, "{}"), f"the metadata of {folder / TENSORS}")
-    config = dict(provenance.get("adapter_config") or read_json(folder / CONFIG))
-    _check_config(config, folder, ours=bool(provenance))
+    where = f"the metadata of {folder / TENSORS}"
+    provenance = parse_object(str(header.metadata.get(METADATA, "{}")), where)
+    check_origin(provenance, where)
+    config = _config(folder, provenance)
+    check_config(config, folder / CONFIG, ours=bool(provenance))
     try:
         tensors = load_file(folder / TENSORS)
     except SafetensorError as error:
         raise AdapterFormatError(f"{folder / TENSORS} is damaged: {error}") from error
+    entries, extras = _sort(tensors, config, folder)
     if not allow_nonfinite:
-        bad = sorted(n for n, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all()))
+        # In float32, as they will be used.
+        bad = sorted(n for n, t in tensors.items() if t.is_floating_point() and not bool(t.float().isfinite().all()))
         if bad:
             raise KeyMismatch(f"{folder}: NaN or infinity in {few(bad)}")
-    entries, extras = _sort(tensors, config, folder)
+    named = {path for table in ("anchored", "frozen", "parts", "base") for path in provenance.get(table) or {}}
+    if named - set(entries):
+        raise KeyMismatch(f"{folder} has lost the tensors of {few(sorted(named - set(entries)))}: save it again")
     return AdapterFile(folder, config, entries, extras, provenance)
 
 
-def _check_config(config: Mapping[str, Any], folder: Path, ours: bool) -> None:
-    if config.get("peft_type") != "LORA":
-        raise AdapterFormatError(f"{folder} is of type {config.get('peft_type')!r}: only LORA adapters are read")
-    for name in ("r", "lora_alpha"):
-        value = config.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise AdapterFormatError(f"{folder / CONFIG}: {name!r} is {value!r}; without it the scale is unknown")
-    for name, harmless in _UNSERVED.items():
-        if config.get(name) not in (harmless, None, False):
-            raise AdapterFormatError(f"{folder / CONFIG}: {name}={config[name]!r} is not served: load it with PEFT")
-    init = config.get("init_lora_weights", True)
-    if not ours and isinstance(init, str) and _MUTATING.fullmatch(init.lower()):
-        raise AdapterFormatError(
-            f"{folder} was started with {init!r}, which replaced the base's weights: its factors mean nothing on the "
-            "original base. Convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
-        )
-    for table in ("rank_pattern", "alpha_pattern"):
-        for key in config.get(table) or {}:
-            _check_key(key, folder)
-
-
-def _check_key(key: str, folder: Path) -> None:
-    """A pattern from a file: short, and without the nested repetition that takes for ever to match."""
-    if len(key) > 300 or re.search(r"\)\s*[*+{?]", key) or key.count("*") + key.count("+") > 4:
-        raise AdapterFormatError(f"{folder / CONFIG}: the pattern {key[:60]!r} is too complex to be trusted")
-    try:
-        re.compile(key)
-    except re.error as error:
-        raise AdapterFormatError(f"{folder / CONFIG}: the pattern {key!r} is malformed: {error}") from error
+def _config(folder: Path, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The config beside the tensors; the tensors' own copy where a save died between the two."""
+    written = read_json(folder / CONFIG)
+    own = provenance.get("adapter_config")
+    return dict(own) if own and atomic.interrupted(folder, CONFIG) else written
 
 
 def _sort(
@@ -267,6 +243,8 @@ def _sort(
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         slot = next((slot for slot in _SLOTS if name.endswith(f".{slot}")), None)
+        if (slot or tensor.is_floating_point()) and tensor.dtype not in _FLOATS:
+            raise AdapterFormatError(f"{folder / TENSORS}: {key!r} holds {tensor.dtype}: convert it to float32")
         if slot is None:
             extras[name] = tensor
             continue
@@ -280,6 +258,9 @@ def _sort(
     for path, found in slots.items():
         if "A" not in found or "B" not in found:
             raise KeyMismatch(f"{folder}: {path!r} has no {'A' if 'A' not in found else 'B'} (keys missing)")
+        if ("magnitude" in found) != bool(config.get("use_dora")):
+            odd = "a DoRA magnitude, and use_dora is off" if "magnitude" in found else "no DoRA magnitude"
+            raise KeyMismatch(f"{folder}: {path!r} has {odd}: config and tensors are of different adapters")
         rank, alpha = scale_of(plain_name(path), config)
         entries[path] = Entry(path, found["A"], found["B"], rank, alpha, found.get("magnitude"), path in embeddings)
     return entries, extras
@@ -287,10 +268,14 @@ def _sort(
 
 def scale_of(name: str, config: Mapping[str, Any]) -> tuple[int, float]:
     """The rank and the α that a config gives a layer, with rsLoRA resolved so that s = α/r."""
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    key = next((k for k in [*ranks, *alphas] if re.match(rf"(.*\.)?({k})$", name)), name)
-    rank, alpha = int(ranks.get(key, config["r"])), float(alphas.get(key, config["lora_alpha"]))
+    rank = int(_looked_up(config.get("rank_pattern"), name, config["r"]))
+    alpha = float(_looked_up(config.get("alpha_pattern"), name, config["lora_alpha"]))
     return rank, alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+
+
+def _looked_up(table: Mapping[str, Any] | None, name: str, otherwise: Any) -> Any:
+    """The value of the first key that matches a suffix of the name which starts at a dot, as in PEFT."""
+    return next((v for key, v in (table or {}).items() if re.match(rf"(.*\.)?({key})$", name)), otherwise)
 
 
 def few(names: Iterable[str], count: int = 4) -> str:
@@ -302,5 +287,13 @@ def few(names: Iterable[str], count: int = 4) -> str:
 
 def no_file_at(path: Path) -> None:
     """Refuse a path where a file stands in the way of a folder."""
-    if path.exists() and not path.is_dir():
+    if _stands(path) and not path.is_dir():
         raise FileError(f"{path} is a file: give a folder")
+
+
+def _stands(path: Path, test: Callable[[Path], bool] = Path.exists) -> bool:
+    """Whether something is there. A name that the system cannot even look up is not."""
+    try:
+        return test(path)
+    except (OSError, ValueError):
+        return False

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,6 +34,7 @@ def write_files(folder: Path, writers: Mapping[str, Writer], size: int = 0) -> N
         with _lock(folder):
             _sweep(folder)
             _check_space(folder, size)
+            _check_names(folder, writers)
             fresh = {name: folder / f"{_MARK}{os.getpid()}-{name}" for name in writers}
             try:
                 for name, write in writers.items():
@@ -47,6 +48,11 @@ def write_files(folder: Path, writers: Mapping[str, Writer], size: int = 0) -> N
                     path.unlink(missing_ok=True)
     except OSError as error:
         raise FileError(f"cannot write to {folder}: {error.strerror or error}; nothing was changed") from error
+
+
+def interrupted(folder: Path, name: str) -> bool:
+    """Whether a writer died before this file of its landed."""
+    return any(folder.glob(f"{_MARK}[0-9]*-{name}"))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -114,6 +120,12 @@ def _check_space(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if size > free:
         raise FileError(f"{folder} has {free:,} bytes left and {size:,} are needed; nothing was changed")
+
+
+def _check_names(folder: Path, names: Iterable[str]) -> None:
+    for name in names:
+        if (folder / name).is_dir():
+            raise FileError(f"{folder / name} is a folder where a file belongs: move it away; nothing was changed")
 
 
 def _sync(path: Path) -> None:

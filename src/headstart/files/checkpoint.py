@@ -7,17 +7,17 @@ the same function.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from headstart.errors import KeyMismatch, NoTarget, WrongBase, nearest
+from headstart.errors import AdapterFormatError, KeyMismatch, NoTarget, WrongBase, nearest
 from headstart.files.adapter import (
     REPORT,
     AdapterFile,
@@ -26,18 +26,22 @@ from headstart.files.adapter import (
     no_file_at,
     plain_name,
     read_adapter,
+    scale_of,
     scales,
     write_adapter,
 )
+from headstart.files.fields import VERSION
 from headstart.lora import adapt, matrix
 from headstart.lora.adapt import Adapter
-from headstart.lora.config import Holders, LoraConfig, Target, holders_of
+from headstart.lora.config import Holders, LoraConfig, Target, check_rank, holders_of
 from headstart.lora.delta import plain_lora
 from headstart.lora.layers import LoraEmbedding, LoraExperts, LoraLayer, Start, TrainedModule, frozen_module
 from headstart.lora.report import InitReport
 
-VERSION = 1
+# Names of modules that wrapping put there.
+_INNER = re.compile(r"\.(lora_[AB]|trained|original_module)(\.|$)")
 _SAMPLES = 4
+OUTPUT = ".base_layer.out_proj"  # of an attention
 
 
 def save(model: nn.Module, path: str | Path, *, rank: int | None = None) -> dict[str, float]:
@@ -58,16 +62,16 @@ def save(model: nn.Module, path: str | Path, *, rank: int | None = None) -> dict
     """
     adapter = adapt.adapter_of(model)
     no_file_at(Path(path))
-    entries, dropped = [], {}
-    for name, layer in adapter.layers().items():
-        entry, lost = _entry(name, layer, rank)
-        entries.append(entry)
-        dropped[name] = lost
-    config = {**_fields(adapter), **scales(entries, _pattern_names(adapter))}
-    report = json.dumps(adapter.report.to_dict(), indent=2, default=str) + "\n"
-    write_adapter(
-        Path(path), entries, config, _extras(adapter), _provenance(adapter, rank is not None), {REPORT: report}
-    )
+    layers = adapter.layers()
+    if rank is not None:
+        check_rank("rank", rank)
+        adapt.check_finite(layers, "truncated")
+    found = {name: _entry(name, layer, rank) for name, layer in layers.items()}
+    dropped = {name: lost for name, (_, lost) in found.items()}
+    entries = outputs_scaled({name: entry for name, (entry, _) in found.items()}, _attentions(layers), 0.5)
+    config = {**_fields(adapter, layers), **scales(entries, _pattern_names(layers))}
+    origin = _provenance(adapter.report, layers, truncated=rank is not None)
+    write_adapter(Path(path), entries, config, _extras(adapter), origin, {REPORT: adapter.report.to_json()})
     return dropped if rank is not None else {}
 
 
@@ -82,28 +86,52 @@ def _entry(name: str, layer: LoraLayer, rank: int | None) -> tuple[Entry, float]
     return Entry(name, A, B, file_rank, alpha, magnitude, isinstance(layer, LoraEmbedding)), lost
 
 
-def _pattern_names(adapter: Adapter) -> dict[str, str]:
-    """What PEFT matches rank_pattern against, where it is not the layer's name: the parameter's full name."""
+def _pattern_names(layers: Mapping[str, LoraLayer]) -> dict[str, str]:
+    """What PEFT matches rank_pattern against, where it is not the layer's name."""
+    outputs = {f"{name}{OUTPUT}": plain_name(name) for name in _attentions(layers)}
+    return {**_parameter_names(layers), **outputs}
+
+
+def _parameter_names(layers: Mapping[str, LoraLayer]) -> dict[str, str]:
     return {
         name: f"{plain_name(name)}.{layer.parameter_name}"
-        for name, layer in adapter.layers().items()
+        for name, layer in layers.items()
         if isinstance(layer, LoraExperts)
     }
 
 
-def _fields(adapter: Adapter) -> dict[str, Any]:
+def _attentions(layers: Mapping[str, LoraLayer]) -> set[str]:
+    return {name for name, layer in layers.items() if isinstance(frozen_module(layer), nn.MultiheadAttention)}
+
+
+def outputs_scaled(entries: Mapping[str, Entry], attentions: Iterable[str], factor: float) -> list[Entry]:
+    """PEFT adds the change of an attention's output projection twice, at its attention's scale: files hold half of it.
+
+    Args:
+        attentions: paths of the adapted attentions; factor: 0.5 for what is written, 2 for what was read.
+    """
+    found = dict(entries)
+    for path in attentions:
+        inner = f"{path}{OUTPUT}"
+        if inner in found:
+            rank, alpha = found[path].rank, found[path].alpha
+            found[inner] = replace(found[inner], B=factor * found[inner].B, rank=rank, alpha=alpha)
+    return list(found.values())
+
+
+def _fields(adapter: Adapter, layers: Mapping[str, LoraLayer]) -> dict[str, Any]:
     """PEFT's config but for the scales."""
-    layers, config = adapter.layers(), adapter.config
-    parameters = sorted(_pattern_names(adapter).values())
+    config = adapter.config
+    parameters = sorted(_parameter_names(layers).values())
     modules = [plain_name(n) for n, layer in layers.items() if not isinstance(layer, LoraExperts)]
-    attention = {n for n in modules if isinstance(_owner(adapter, n), nn.MultiheadAttention)}
+    attention = _attentions(layers)
     modules = [n for n in modules if n.removesuffix(".out_proj") not in attention or n in attention]
     fields: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": config.task_type,
         "base_model_name_or_path": adapter.model.__dict__.get("name_or_path") or _name(adapter.model),
         "target_modules": _shortest(modules, adapter.model),
-        "modules_to_save": list(config.modules_to_save) if config.modules_to_save else None,
+        "modules_to_save": _saved_names(adapter.model) or None,
         "bias": config.bias,
         "lora_dropout": config.lora_dropout,
         "use_dora": config.use_dora,
@@ -121,11 +149,6 @@ def _name(model: nn.Module) -> str | None:
     return name if isinstance(name, str) and name else None
 
 
-def _owner(adapter: Adapter, name: str) -> nn.Module | None:
-    layer = adapter.layers().get(name)
-    return None if layer is None else frozen_module(layer)
-
-
 def _shortest(modules: Sequence[str], model: nn.Module) -> list[str]:
     """The targets as suffixes where these select the same modules, otherwise as full names; sorted."""
     wanted = set(modules)
@@ -135,9 +158,24 @@ def _shortest(modules: Sequence[str], model: nn.Module) -> list[str]:
     return sorted(suffixes if inside == wanted else wanted)
 
 
+def _saved_names(model: nn.Module) -> list[str]:
+    """The modules that trained in full: by their last names where PEFT takes these for no other module, sorted."""
+    names = [plain_name(name) for name, _ in model.named_modules() if not _INNER.search(f".{name}")]
+    kept = [plain_name(name) for name, module in model.named_modules() if isinstance(module, TrainedModule)]
+    last = {name.rsplit(".", 1)[-1] for name in kept}
+    return sorted(last if set(_ending_in(last, names)) == set(kept) else kept)
+
+
+def _ending_in(ends: Iterable[str], names: Iterable[str]) -> list[str]:
+    """The modules that PEFT means by modules_to_save: it goes by the end of a name, dot or no dot."""
+    return [name for name in names if name and name.endswith(tuple(ends))]
+
+
 def _extras(adapter: Adapter) -> dict[str, Tensor]:
     """Modules that trained in full, and biases."""
     found: dict[str, Tensor] = {}
+    if not adapter.biases and not adapter.config.modules_to_save:
+        return found
     for name, module in adapter.model.named_modules():
         if isinstance(module, TrainedModule):
             found |= {f"{name}.{key}": value for key, value in module.trained.state_dict().items()}
@@ -148,10 +186,9 @@ def _extras(adapter: Adapter) -> dict[str, Tensor]:
     return found
 
 
-def _provenance(adapter: Adapter, truncated: bool) -> dict[str, Any]:
-    layers = adapter.layers()
+def _provenance(report: InitReport, layers: Mapping[str, LoraLayer], truncated: bool) -> dict[str, Any]:
     return provenance(
-        adapter.report,
+        report,
         anchored={} if truncated else {n: layer.rank for n, layer in layers.items() if layer.anchor is not None},
         frozen={n: letters for n, layer in layers.items() if (letters := _frozen(layer))},
         weights={n: layer.original for n, layer in layers.items()},
@@ -236,16 +273,21 @@ class Plan:
 
 def plan_load(model: nn.Module, file: AdapterFile, strict: bool = True) -> Plan:
     """Check a file against a plain model. Changes nothing."""
-    config = config_of(file)
+    config = config_of(file, [name for name, _ in model.named_modules()])
     sites, holders = _sites(model, file), holders_of(model)
     starts = []
     # The innermost of nested layers first, as they were installed.
-    for path, entry in sorted(file.entries.items(), key=lambda item: -item[0].count("base_layer.")):
+    attentions = [path for path, (module, _) in sites.items() if isinstance(module, nn.MultiheadAttention)]
+    entries = outputs_scaled(file.entries, attentions, 2)
+    for entry in sorted(entries, key=lambda entry: -entry.path.count("base_layer.")):
+        path = entry.path
         target = target_of(entry, *sites[path], file, holders[sites[path][0]])
         starts.append((target, start_of_entry(entry, target, file, config.lora_dropout)))
     if strict:
-        check_base({target.name: matrix.parameter_of(target.module, target.parameter) for target, _ in starts}, file)
-    return Plan(config, starts, _checked_extras(model, file, config, strict), report_of(file))
+        _check_complete(model, {module for module, _ in sites.values()}, file)
+        check_base({path: matrix.parameter_of(*site) for path, site in sites.items()}, file)
+    biases = set(adapt.trained_biases(model, starts, config))
+    return Plan(config, starts, _checked_extras(model, file, config, biases, strict), report_of(file))
 
 
 def report_of(file: AdapterFile) -> InitReport:
@@ -260,8 +302,8 @@ def report_of(file: AdapterFile) -> InitReport:
     )
 
 
-def config_of(file: AdapterFile) -> LoraConfig:
-    """The part of the file's config that the adapter keeps."""
+def config_of(file: AdapterFile, modules: Sequence[str]) -> LoraConfig:
+    """The part of the file's config that the adapter keeps, for a model with modules of these names."""
     given = file.config
     return LoraConfig(
         r=int(given["r"]),
@@ -270,7 +312,7 @@ def config_of(file: AdapterFile) -> LoraConfig:
         target_modules=sorted({entry.name for entry in file.entries.values()}),
         use_dora=bool(given.get("use_dora")),
         bias=given.get("bias") or "none",
-        modules_to_save=given.get("modules_to_save") or None,
+        modules_to_save=_ending_in(given.get("modules_to_save") or (), modules) or None,
         task_type=given.get("task_type"),
     )
 
@@ -286,11 +328,27 @@ def _sites(model: nn.Module, file: AdapterFile) -> dict[str, tuple[nn.Module, st
         if module is None or not name:
             raise NoTarget(f"{file.folder} adapts {name!r}, which this model does not have{nearest(name, names)}")
         own = [w for w in module._parameters if any(_suffix(t, f"{name}.{w}") for t in wanted)]
-        # PEFT nests one wrapper for each parameter of a module, the first in the order of the alphabet innermost.
+        # PEFT nests one wrapper for each parameter of a module, the first that the module registers innermost.
         depth = path.split(".").count("base_layer")
-        parameter = sorted(own)[::-1][depth] if own and depth < len(own) else "weight"
+        parameter = own[::-1][depth] if depth < len(own) else "weight"
+        if (module, parameter) in found.values():
+            raise KeyMismatch(f"{file.folder} adapts {parameter!r} of {name!r} twice: merge the two in their framework")
         found[path] = module, parameter
     return found
+
+
+def _check_complete(model: nn.Module, adapted: set[nn.Module], file: AdapterFile) -> None:
+    """Refuse a file of PEFT's without a layer that its plain list of targets names. Ours name every layer."""
+    wanted, narrowed = file.config.get("target_modules"), ("exclude_modules", "layers_to_transform", "modules_to_save")
+    if file.provenance or not isinstance(wanted, list) or any(file.config.get(name) for name in narrowed):
+        return
+    meant = [(n, m) for n, m in model.named_modules() if any(_suffix(str(entry), n) for entry in wanted)]
+    missing = [name for name, module in meant if module not in adapted]
+    if missing:
+        raise KeyMismatch(
+            f"{file.folder} has no tensors for {few(missing)}, which its target_modules name: it is incomplete, or of "
+            "another base. Pass strict=False to load what there is"
+        )
 
 
 def _suffix(entry: str, name: str) -> bool:
@@ -300,9 +358,12 @@ def _suffix(entry: str, name: str) -> bool:
 def target_of(entry: Entry, module: nn.Module, parameter: str, file: AdapterFile, holders: Holders = ()) -> Target:
     """The weight that an entry adapts."""
     layout = matrix.layout(module, parameter, file.provenance.get("parts", {}).get(entry.path))
-    rank = entry.rank // layout.copies
-    scaling = entry.alpha / entry.rank
-    return Target(entry.name, module, holders, parameter, layout, rank, scaling * rank, scaling)
+    full = f"{entry.name}.{parameter}"
+    bare = any(_suffix(str(wanted), full) for wanted in file.config.get("target_parameters") or ())
+    file_rank, alpha = scale_of(full, file.config) if bare else (entry.rank, entry.alpha)
+    rank, scaling = file_rank // layout.copies, alpha / file_rank
+    name = full if bare else entry.name
+    return Target(name, module, holders, parameter, layout, rank, scaling * rank, scaling)
 
 
 def start_of_entry(entry: Entry, target: Target, file: AdapterFile, dropout: float) -> Start:
@@ -317,6 +378,8 @@ def start_of_entry(entry: Entry, target: Target, file: AdapterFile, dropout: flo
     anchor, rank = None, target.rank
     if entry.path in file.provenance.get("anchored", {}):
         rank = int(file.provenance["anchored"][entry.path])
+        if target.rank != 2 * rank:
+            raise AdapterFormatError(f"{file.folder}: {entry.path!r} of rank {target.rank} has anchors of rank {rank}")
         halves = [_halves(a, b) for a, b in target.layout.unpack(A, B)]
         A, B = target.layout.pack([trained for trained, _ in halves])
         anchor = target.layout.pack([anchors for _, anchors in halves])
@@ -364,7 +427,9 @@ def _check_shapes(entry: Entry, target: Target, weight: Tensor, file: AdapterFil
                 f"{file.folder}: {letter} of {entry.name!r} has shape {tuple(found.shape)}, "
                 f"this model's layer needs {tuple(wanted.shape)}: another base, or a wrong rank in the config"
             )
-    if entry.magnitude is not None and entry.magnitude.numel() != sum(len(b) for b in blocks):
+    layout = target.layout
+    rows = layout.out_features if isinstance(layout, matrix.Parts) else sum(map(len, blocks))
+    if entry.magnitude is not None and entry.magnitude.numel() != rows:
         raise KeyMismatch(f"{file.folder}: the magnitude of {entry.name!r} has {entry.magnitude.numel()} elements")
 
 
@@ -372,13 +437,13 @@ def check_base(weights: Mapping[str, Tensor], file: AdapterFile) -> None:
     """Refuse another base model: the same shapes, other values.
 
     Args:
-        weights: the adapted weights by the layer's plain name.
+        weights: the adapted weights by the layer's path.
     """
     samples: Mapping[str, Any] = file.provenance.get("base", {})
     pairs: list[tuple[float, float]] = []
     for path, values in samples.items():
-        if plain_name(path) in weights:
-            pairs += zip(values, sample(weights[plain_name(path)]), strict=False)
+        if path in weights:
+            pairs += zip(values, sample(weights[path]), strict=False)
     size = math.sqrt(sum(a * a for a, _ in pairs))
     apart = math.sqrt(sum((a - b) ** 2 for a, b in pairs))
     # A quantised or rounded copy of the base differs by a few percent, another model by more than all of it.
@@ -389,9 +454,12 @@ def check_base(weights: Mapping[str, Tensor], file: AdapterFile) -> None:
         )
 
 
-def _checked_extras(model: nn.Module, file: AdapterFile, config: LoraConfig, strict: bool) -> dict[str, Tensor]:
+def _checked_extras(
+    model: nn.Module, file: AdapterFile, config: LoraConfig, biases: set[str], strict: bool
+) -> dict[str, Tensor]:
     """The tensors beside the factors that the config accounts for, by the names of the plain model."""
-    state: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    # Tied weights under all their names: files hold either.
+    state: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     kept: dict[str, Tensor] = {}
     foreign = []
     for key, value in file.extras.items():
@@ -401,9 +469,8 @@ def _checked_extras(model: nn.Module, file: AdapterFile, config: LoraConfig, str
             f".{name}".rpartition(".")[0].endswith(f".{m}") or f".{m}." in f".{name}"
             for m in config.modules_to_save or ()
         )
-        bias = config.bias != "none" and name.endswith("bias")
         copied = key.endswith(".base_layer.weight")
-        if here is None or not (saved or bias or copied):
+        if here is None or not (saved or name in biases or copied):
             foreign.append(key)
         elif here.shape != value.shape:
             raise KeyMismatch(f"{file.folder}: {key!r} has shape {tuple(value.shape)}, the model's {tuple(here.shape)}")
@@ -416,9 +483,12 @@ def _checked_extras(model: nn.Module, file: AdapterFile, config: LoraConfig, str
             f"{file.folder} holds tensors that belong to no adapter: {few(sorted(foreign))}. An adapter must not "
             "replace the base's weights; remove them from the file"
         )
-    missing = [m for m in config.modules_to_save or () if not any(f".{m}." in f".{n}" for n in kept)]
-    if missing:
-        raise KeyMismatch(f"{file.folder} names modules_to_save {few(missing)} and holds no tensor of them")
+    # PEFT's versions differ in the biases that they save.
+    needed = set(biases) if file.provenance else set()
+    for module in config.modules_to_save or ():
+        needed |= {f"{module}.{name}" for name, _ in model.get_submodule(module).named_parameters()}
+    if needed - set(kept):
+        raise KeyMismatch(f"{file.folder}: bias or modules_to_save: no tensor for {few(sorted(needed - set(kept)))}")
     return kept
 
 

@@ -44,7 +44,7 @@ def parse_object(text: str, where: str) -> dict[str, Any]:
         value = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, where))
     except RecursionError as error:
         raise AdapterFormatError(f"{where} is nested too deep") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # JSONDecodeError, or an integer of too many digits
         raise AdapterFormatError(f"{where} is no JSON: {error}") from error
     if not isinstance(value, dict):
         raise AdapterFormatError(f"{where} holds a {type(value).__name__}, not an object")
@@ -80,6 +80,6 @@ def read_header(path: Path) -> Header:
     metadata = header.pop("__metadata__", {})
     try:
         shapes = {name: tuple(int(n) for n in entry["shape"]) for name, entry in header.items()}
-    except (TypeError, KeyError, ValueError) as error:
+    except (TypeError, KeyError, ValueError, OverflowError) as error:
         raise AdapterFormatError(f"the header of {path} describes a tensor without a shape") from error
     return Header(shapes, metadata if isinstance(metadata, dict) else {})

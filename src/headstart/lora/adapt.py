@@ -25,6 +25,7 @@ from headstart.lora import matrix
 from headstart.lora.config import Holders, LoraConfig, Target, holders_of, targets, with_heads
 from headstart.lora.delta import Branch, NormCache, row_norms
 from headstart.lora.layers import LoraLayer, Start, TrainedModule, lora_layers, wrap
+from headstart.lora.layers.encoder import Switch, switches
 from headstart.lora.report import InitReport, LayerReport
 
 _KEY = "_headstart_adapter"
@@ -42,6 +43,7 @@ class Adapter:
         holders: where each replaced module stands, and what stood there, in the order of installation.
         flags: `requires_grad` of every parameter before.
         biases: the trained biases and their values before.
+        switches: what keeps torch's encoders from computing past the layers.
     """
 
     model: nn.Module
@@ -50,6 +52,7 @@ class Adapter:
     holders: list[tuple[Holders, nn.Module]] = field(default_factory=list)
     flags: list[tuple[nn.Parameter, bool]] = field(default_factory=list)
     biases: dict[str, tuple[nn.Parameter, Tensor]] = field(default_factory=dict)
+    switches: list[Switch] = field(default_factory=list)
 
     def layers(self) -> dict[str, LoraLayer]:
         """The LoRA layers by name."""
@@ -72,12 +75,18 @@ class Adapter:
         try:
             for module in switches:
                 module.enabled = False
+            self._switch(off=False)
             self._set_biases({name: original for name, (_, original) in self.biases.items()})
             yield self.model
         finally:
             for module, enabled in zip(switches, before, strict=True):
                 module.enabled = enabled
+            self._switch(off=True)
             self._set_biases(trained)
+
+    def _switch(self, off: bool) -> None:
+        for switch in self.switches:
+            switch.set(off)
 
     def _set_biases(self, values: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
@@ -114,26 +123,35 @@ def adapt(model: nn.Module, config: LoraConfig | None = None) -> Adapter:
     """
     check_plain(model)
     config = with_heads(model, config or LoraConfig())
+    return install(model, config, *prepare(model, config))
+
+
+def prepare(model: nn.Module, config: LoraConfig) -> tuple[list[tuple[Target, Start]], InitReport]:
+    """Every layer's start, and how they were found. Changes nothing."""
     began = time.perf_counter()
     chosen = targets(model, config)
-    starts, reports = [], []
+    starts, layers = [], []
     for target in chosen:
         start, layer = start_of(target, config)
-        starts.append(start)
-        reports.append(layer)
-    report = InitReport(config.strategy.name, config.options, config.seed, tuple(reports), time.perf_counter() - began)
-    return install(model, config, list(zip(chosen, starts, strict=True)), report)
+        starts.append((target, start))
+        layers.append(layer)
+    seconds = time.perf_counter() - began
+    return starts, InitReport(config.strategy.name, config.options, config.seed, tuple(layers), seconds)
 
 
 def start_of(target: Target, config: LoraConfig) -> tuple[Start, LayerReport]:
     """One layer's start, from its strategy. Changes nothing."""
+    try:
+        return _start_of(target, config)
+    except HeadstartError as error:
+        raise type(error)(f"{error} (layer {target.name!r}, init {config.strategy.name!r})") from error
+
+
+def _start_of(target: Target, config: LoraConfig) -> tuple[Start, LayerReport]:
     weight = matrix.parameter_of(target.module, target.parameter).detach()
     blocks = target.layout.blocks(weight)
     rank = target.layout.block_rank(target.rank)
-    try:
-        found = [_factors(block, rank, f"{target.name}:{i}", target, config) for i, block in enumerate(blocks)]
-    except HeadstartError as error:
-        raise type(error)(f"{error} (layer {target.name!r}, init {config.strategy.name!r})") from error
+    found = [_factors(block, rank, f"{target.name}:{i}", target, config) for i, block in enumerate(blocks)]
     A, B = (_placed(factor, weight) for factor in target.layout.pack([(f.A, f.B) for f in found]))
     anchored = found[0].anchored
     start = Start(
@@ -184,7 +202,10 @@ def _magnitude(target: Target, weight: Tensor, start: Start) -> Tensor:
     if weight.is_meta:
         raise MetaWeight("use_dora needs the weight's row norms, and it is not loaded: load it first")
     branch = Branch(start.A, start.B, start.scaling, start.anchor)
-    return row_norms(target.layout, weight, branch, NormCache(), training=False).clone()
+    norms = row_norms(target.layout, weight, branch, NormCache(), training=False).clone()
+    if not bool(norms.isfinite().all()):
+        raise NonFiniteWeight("the weight holds NaN or infinite values: repair the checkpoint")
+    return norms
 
 
 def install(
@@ -202,12 +223,14 @@ def install(
 
     own = {id(p) for _, _, layer in wrapped for p in _new_parameters(layer)}
     adapter.flags = [(p, p.requires_grad) for p in model.parameters()]
-    adapter.biases = {n: (p, p.detach().clone()) for n, p in _biases(model, starts, config).items()}
+    adapter.biases = {n: (p, p.detach().clone()) for n, p in trained_biases(model, starts, config).items()}
     trained = {id(p) for p, _ in adapter.biases.values()}
     for holders, base, layer in wrapped:
         adapter.holders.append((holders, base))
         for parent, leaf in holders:
             parent._modules[leaf] = layer
+    adapter.switches = list(switches(model))
+    adapter._switch(off=True)
     for parameter, _ in adapter.flags:
         if id(parameter) not in own:
             parameter.requires_grad_(id(parameter) in trained)
@@ -233,15 +256,19 @@ def _trained_modules(model: nn.Module, config: LoraConfig) -> list[tuple[Holders
     return [(places[module], module, TrainedModule(module, copy.deepcopy(module))) for module in wanted]
 
 
-def _biases(model: nn.Module, starts: Sequence[tuple[Target, Start]], config: LoraConfig) -> dict[str, nn.Parameter]:
-    """The biases that the config lets train, by their name in the base model."""
+def trained_biases(
+    model: nn.Module, starts: Sequence[tuple[Target, Start]], config: LoraConfig
+) -> dict[str, nn.Parameter]:
+    """The biases that the config lets train, by name. Modules that train in full have theirs anyway."""
     if config.bias == "none":
         return {}
     if config.bias == "all":
-        return {n: p for n, p in model.named_parameters() if n == "bias" or n.endswith("bias")}
+        apart = [f".{name}." for name in config.modules_to_save or ()]
+        found = {n: p for n, p in model.named_parameters() if n.endswith("bias")}
+        return {n: p for n, p in found.items() if not any(part in f".{n}" for part in apart)}
     wanted = [(target.name, target.module) for target, _ in starts]
-    found = {f"{name}.bias": module._parameters.get("bias") for name, module in wanted}
-    return {name: parameter for name, parameter in found.items() if parameter is not None}
+    own = {f"{name}.bias": module._parameters.get("bias") for name, module in wanted}
+    return {name: parameter for name, parameter in own.items() if parameter is not None}
 
 
 def adapter_of(model: nn.Module) -> Adapter:
@@ -262,8 +289,8 @@ def check_plain(model: nn.Module) -> None:
         raise AdapterState("the model has an adapter already: remove(model) or merge(model) it first")
     if any(type(module).__module__.startswith("peft.") for module in model.modules()):
         raise AdapterState("the model carries PEFT layers: use headstart.peft for it, or unload them first")
-    if any(p.is_inference() for p in model.parameters()):
-        raise AdapterState("the weights were made under torch.inference_mode: load the model outside of it")
+    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
+        raise AdapterState("torch.inference_mode makes tensors that never train: load and adapt outside of it")
 
 
 @dataclass(frozen=True)
@@ -300,8 +327,10 @@ def merge(model: nn.Module, *, reversible: bool = False) -> MergeReport:
     """
     adapter = adapter_of(model)
     layers = {name: layer for name, layer in adapter.layers().items() if not layer.merged}
+    if reversible and not layers:
+        warnings.warn("the model is merged already, and nothing was done: unmerge(model) first", stacklevel=2)
     with torch.no_grad():
-        _check_mergeable(layers)
+        check_finite(layers, "merged")
         weights = {name: layer.merged_weight() for name, layer in layers.items()}
         lost = {name: _lost(layers[name], weights[name]) for name in layers}
     shared = _shared(model, layers)
@@ -323,10 +352,12 @@ def merge(model: nn.Module, *, reversible: bool = False) -> MergeReport:
     return MergeReport(lost)
 
 
-def _check_mergeable(layers: Mapping[str, LoraLayer]) -> None:
+def check_finite(layers: Mapping[str, LoraLayer], purpose: str) -> None:
+    """Refuse factors that hold NaN or infinity."""
     for name, layer in layers.items():
-        if not all(math.isfinite(float(factor.detach().abs().sum())) for factor in layer.factors):
-            raise NonFiniteWeight(f"a factor holds NaN or infinity: this adapter cannot be merged (layer {name!r})")
+        tensors = layer.factors if layer.magnitude is None else (*layer.factors, layer.magnitude)
+        if not all(math.isfinite(float(tensor.detach().abs().sum())) for tensor in tensors):
+            raise NonFiniteWeight(f"a factor holds NaN or infinity: this adapter cannot be {purpose} (layer {name!r})")
 
 
 def _lost(layer: LoraLayer, merged: Tensor, rows: int = 16) -> float:
@@ -386,4 +417,5 @@ def _take_out(adapter: Adapter, keep_trained: bool) -> None:
             parent._modules[leaf] = cast(TrainedModule, occupant).trained if trained else base
     for parameter, flag in adapter.flags:
         parameter.requires_grad_(flag)
+    adapter._switch(off=False)
     del adapter.model.__dict__[_KEY]

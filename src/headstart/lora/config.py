@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from headstart.errors import (
 from headstart.inits import strategy
 from headstart.lora import matrix
 
+_EXPRESSIONS = ("target_modules", "exclude_modules", "layers_pattern")  # may be one expression, too
 Holders = tuple[tuple[nn.Module, str], ...]
 
 
@@ -92,9 +93,10 @@ class LoraConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_rank("r", self.r)
+        self._check_kinds()
+        check_rank("r", self.r)
         for name, rank in self.rank_pattern.items():
-            _check_rank(f"rank_pattern[{name!r}]", rank)
+            check_rank(f"rank_pattern[{name!r}]", rank)
         for name, alpha in [("lora_alpha", self.lora_alpha), *self.alpha_pattern.items()]:
             self._check_alpha(name, alpha)
         if not isinstance(self.lora_dropout, int | float) or not 0 <= self.lora_dropout < 1:
@@ -149,13 +151,29 @@ class LoraConfig:
             raise BadOption("target_parameters have no inputs to drop: set lora_dropout=0")
         if self.target_parameters and self.use_dora:
             raise BadOption("use_dora is not defined for target_parameters: leave one of them out")
-        for name in ("target_modules", "exclude_modules", "layers_pattern"):
-            value = getattr(self, name)
+        for name in _EXPRESSIONS:
+            value = vars(self)[name]
             if isinstance(value, str):
                 _check_expression(name, value)
+        for name in ("rank_pattern", "alpha_pattern"):
+            for key in vars(self)[name]:
+                _check_expression(name, key)
+
+    def _check_kinds(self) -> None:
+        for name in ("rank_pattern", "alpha_pattern", "parts", "init_options"):
+            if not isinstance(vars(self)[name], Mapping):
+                raise BadOption(f"{name} is {vars(self)[name]!r}: choose a mapping")
+        for name in (*_EXPRESSIONS, "modules_to_save", "target_parameters"):
+            value = vars(self)[name]
+            if value is None and name != "target_modules":
+                continue
+            several = not isinstance(value, str) and isinstance(value, Collection)
+            names = value if several else [value] if name in _EXPRESSIONS else [None]
+            if not all(isinstance(one, str) for one in names):
+                raise BadOption(f"{name} is {value!r}: choose a list of names")
 
 
-def _check_rank(name: str, rank: object) -> None:
+def check_rank(name: str, rank: object) -> None:
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise BadRank(f"{name} is {rank!r}: choose an integer of at least 1")
 
@@ -168,11 +186,16 @@ def _check_expression(name: str, value: str) -> None:
 
 
 def with_heads(model: nn.Module, config: LoraConfig) -> LoraConfig:
-    """For a classification task, the config with the model's new head among `modules_to_save`, as in PEFT."""
-    if config.modules_to_save is not None or config.task_type not in ("SEQ_CLS", "TOKEN_CLS"):
+    """For a classification task, the config with the model's new heads among `modules_to_save`.
+
+    By PEFT's rule, or it would look for them in our files: every module whose name ends in "classifier" or "score".
+    """
+    if config.task_type not in ("SEQ_CLS", "TOKEN_CLS"):
         return config
-    heads = [name for name in ("classifier", "score") if isinstance(model._modules.get(name), nn.Module)]
-    return dataclasses.replace(config, modules_to_save=heads or None)
+    kept = list(config.modules_to_save or ())
+    heads = [name for name, _ in model.named_modules() if name.endswith(("classifier", "score"))]
+    kept += [name for name in heads if not any(_suffix(entry, name) for entry in kept)]
+    return dataclasses.replace(config, modules_to_save=kept or None)
 
 
 @dataclass(frozen=True)
@@ -204,23 +227,22 @@ def targets(model: nn.Module, config: LoraConfig) -> list[Target]:
     Raises:
         NoTarget: if a target, an exclusion, a pattern or a part matches nothing; it names what is near.
         UnsupportedLayer: if what it matches cannot be adapted.
-        BadRank: if a rank does not fit a weight and `clip_rank` is off.
+        BadRank: if a start takes more directions from a weight than it has, and `clip_rank` is off.
     """
     names = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     holders = holders_of(model)
     chosen = _chosen(model, names, config)
     owners = [(n, module, "weight") for n, module in names.items() if n in chosen]
-    owners += _attention_outputs(owners)
-    owners += _parameters(model, config)
-    _check_patterns([n for n, _, _ in owners], config)
+    bare = _parameters(model, config)
+    _check_patterns([n for n, _, _ in (*owners, *bare)], config)
 
     found, seen = [], set()
-    for name, module, parameter in owners:
+    for name, module, parameter in (*owners, *_attention_outputs(owners), *bare):
         if (module, parameter) in seen:
             continue
         seen.add((module, parameter))
         found.append(_target(name, module, holders.get(module, ()), parameter, config))
-    return found
+    return _with_outputs_alike(found)
 
 
 def holders_of(model: nn.Module) -> dict[nn.Module, Holders]:
@@ -255,7 +277,8 @@ def _target(name: str, module: nn.Module, holders: Holders, parameter: str, conf
 
 
 def _check_fit(rank: int, largest: int, shape: Iterable[int], config: LoraConfig) -> None:
-    if rank > largest:
+    # Noise may be of any rank, as in PEFT: a head of two classes has no room for r = 8. Directions of W are counted.
+    if rank > largest and config.strategy.reads_weight:
         raise BadRank(
             f"rank {rank} does not fit a {tuple(shape)} weight: choose 1 to {largest}, "
             f"or set clip_rank=True (init {config.strategy.name!r})"
@@ -338,8 +361,6 @@ def _check_patterns(names: Sequence[str], config: LoraConfig) -> None:
         ("parts", _suffix),
     ):
         for key in getattr(config, table):
-            if table != "parts":
-                _check_expression(table, key)
             if not any(matches(key, name) for name in names):
                 raise NoTarget(f"{table} key {key!r} matches no adapted layer{near_names(key, names)}")
 
@@ -353,6 +374,13 @@ def _output_embedding(model: nn.Module) -> nn.Module | None:
 def _attention_outputs(owners: Sequence[tuple[str, nn.Module, str]]) -> list[tuple[str, nn.Module, str]]:
     """Adapting an attention adapts its output projection too, as in PEFT."""
     return [(f"{n}.out_proj", m.out_proj, "weight") for n, m, _ in owners if isinstance(m, nn.MultiheadAttention)]
+
+
+def _with_outputs_alike(found: Sequence[Target]) -> list[Target]:
+    """In PEFT, and so in its files, an attention and its output projection have one rank and one scale."""
+    attentions = {f"{t.name}.out_proj": t for t in found if isinstance(t.module, nn.MultiheadAttention)}
+    pairs = [(target, attentions.get(target.name, target)) for target in found]
+    return [dataclasses.replace(t, rank=like.rank, alpha=like.alpha, scaling=like.scaling) for t, like in pairs]
 
 
 def _parameters(model: nn.Module, config: LoraConfig) -> list[tuple[str, nn.Module, str]]:

@@ -244,7 +244,10 @@ def _experts(module: nn.Module, parameter: str) -> Layout:
     if weight.ndim == 3:
         # transformers marks the experts that store (e, in, out) with this flag.
         return Experts(transposed=bool(module.__dict__.get("is_transposed", False)), count=weight.shape[0])
-    raise UnsupportedLayer(f"parameter {parameter!r} of shape {tuple(weight.shape)}: only 2 or 3 dimensions can be")
+    raise UnsupportedLayer(
+        f"{type(module).__name__} holds {parameter!r} of shape {tuple(weight.shape)}: only matrices (m, n) and stacks "
+        "of them (e, m, n) can be adapted"
+    )
 
 
 def _parts(module: nn.Module, parts: Sequence[object]) -> Parts:
@@ -252,17 +255,27 @@ def _parts(module: nn.Module, parts: Sequence[object]) -> Parts:
         raise UnsupportedLayer(f"`parts` needs a Linear or Conv1D, not {type(module).__name__}")
     transposed = is_conv1d(module)
     rows = parameter_of(module).shape[1 if transposed else 0]
-    if all(isinstance(part, bool) for part in parts):
+    if not isinstance(parts, Sequence) or not (all(map(_is_flag, parts)) or all(map(_is_range, parts))):
+        raise BadOption(f"parts {parts!r} are neither flags of equal parts nor row ranges (start, stop)")
+    if all(map(_is_flag, parts)):
         if not parts or rows % len(parts):
             raise BadOption(f"{rows} rows cannot be split into {len(parts)} equal parts: give row ranges instead")
         size = rows // len(parts)
         ranges = tuple((i * size, (i + 1) * size) for i, wanted in enumerate(parts) if wanted)
     else:
-        ranges = tuple((int(span[0]), int(span[1])) for span in cast(Ranges, parts))
+        ranges = tuple((start, stop) for start, stop in cast(Ranges, parts))
     ends = [0, *(edge for span in ranges for edge in span), rows]
     if not ranges or sorted(ends) != ends or any(a == b for a, b in ranges):
         raise BadOption(f"parts {ranges} are not ascending, separate row ranges within 0 to {rows}")
     return Parts(transposed=transposed, ranges=ranges, out_features=rows)
+
+
+def _is_flag(part: object) -> bool:
+    return isinstance(part, bool)
+
+
+def _is_range(part: object) -> bool:
+    return isinstance(part, Sequence) and len(part) == 2 and all(type(edge) is int for edge in part)
 
 
 def parameter_of(module: nn.Module, parameter: str = "weight") -> nn.Parameter:

@@ -73,6 +73,12 @@ class LoraLayer(nn.Module):
 
     def __init__(self, base: nn.Module, layout: Layout, start: Start, parameter: str = "weight") -> None:
         super().__init__()
+        # Before `base_layer`, which answers for every name that this layer lacks: it may be such a layer itself.
+        anchor_A, anchor_B = start.anchor or (None, None)
+        self.register_buffer("anchor_A", anchor_A)
+        self.register_buffer("anchor_B", anchor_B)
+        magnitude = None if start.magnitude is None else nn.Parameter(start.magnitude)
+        self.register_parameter("lora_magnitude_vector", magnitude)
         self.base_layer = base
         self.layout = layout
         self.parameter_name = matrix.weight_name(frozen_module(base), parameter)
@@ -83,11 +89,6 @@ class LoraLayer(nn.Module):
         self._hold(start.A, start.B)
         for name, factor in zip("AB", self.factors, strict=True):
             factor.requires_grad_(name not in start.frozen)
-        anchor_A, anchor_B = start.anchor or (None, None)
-        self.register_buffer("anchor_A", anchor_A)
-        self.register_buffer("anchor_B", anchor_B)
-        magnitude = None if start.magnitude is None else nn.Parameter(start.magnitude)
-        self.register_parameter("lora_magnitude_vector", magnitude)
         for module in self.modules():
             if module is self or isinstance(module, Factor):
                 module.training = base.training
