@@ -6,7 +6,8 @@ is headstart's; the frozen weight is never written to; a merge is rounded once a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -14,7 +15,7 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from headstart.errors import AdapterState, UnsupportedLayer
+from headstart.errors import AdapterState, NonFiniteWeight, UnsupportedLayer
 from headstart.lora import delta, matrix
 from headstart.lora.delta import Branch, NormCache
 from headstart.lora.layers import Start, attention, convolution, embedding, experts, linear
@@ -28,7 +29,13 @@ class ShellLayer(nn.Module):
     """What the exchanged layers share. Mixed in before a PEFT layer."""
 
     layout: Layout
+    weight_name: str
     run: Run | None = None
+
+    _norms: dict[str, NormCache]
+    _kept: Merged
+    # The factors that do not train. An attention is of our class from birth, and asked for them before `enter`.
+    _fixed: Mapping[str, frozenset[str]] = MappingProxyType({})
 
     # What PEFT's layers have.
     base_layer: nn.Module
@@ -41,6 +48,7 @@ class ShellLayer(nn.Module):
     lora_dropout: Any
     lora_magnitude_vector: Any
     lora_variant: Any
+    lora_alpha: dict[str, float]
     use_dora: Any
     r: dict[str, int]
     scaling: dict[str, float]
@@ -51,56 +59,73 @@ class ShellLayer(nn.Module):
         if "layout" not in self.__dict__:
             self.layout = layout
             self.weight_name = matrix.weight_name(self.get_base_layer(), parameter)
-            self._norms: dict[str, NormCache] = {}
-            self._kept = Merged()
+            self._norms, self._fixed, self._kept = {}, {}, Merged()
         for module in (self, *self.children()):
             if module is not self.base_layer:
                 module.training = self.get_base_layer().training
-        A, B = self.stored(adapter)
-        with torch.no_grad():
-            # PEFT's modules hold the factors in the form of its files.
-            A.data, B.data = (factor.detach().clone() for factor in layout.to_file(start.A, start.B))
-        for name, factor in zip("AB", (A, B), strict=True):
-            factor.requires_grad_(factor.requires_grad and name not in start.frozen)
+        # To the bit: α/√r of PEFT's config may be rounded otherwise.
+        self.r[adapter], self.lora_alpha[adapter], self.scaling[adapter] = start.rank, start.alpha, start.scaling
+        self._fixed = {**self._fixed, adapter: start.frozen}
+        # PEFT's modules hold the factors in the form of its files.
+        for factor, value in zip(self.stored(adapter), layout.to_file(start.A, start.B), strict=True):
+            factor.data = value.detach().clone()
         anchor_A, anchor_B = start.anchor or (None, None)
         self.register_buffer(f"anchor_A_{adapter}", anchor_A)
         self.register_buffer(f"anchor_B_{adapter}", anchor_B)
         if start.magnitude is not None:
             weight = self.lora_magnitude_vector[adapter].weight
-            weight.data = start.magnitude.reshape(weight.shape)
+            weight.data = start.magnitude.detach().clone().reshape(weight.shape)
+        self._fix()
+
+    def start(self, adapter: str) -> Start:
+        """An adapter as it is now, as a start."""
+        A, B = (factor.detach().clone() for factor in self.layout.from_file(*self.stored(adapter)))
+        anchor = self.anchor(adapter)
+        magnitude = self.magnitude(adapter)
+        return Start(
+            A=A,
+            B=B,
+            rank=self.rank(adapter),
+            alpha=self.lora_alpha[adapter],
+            scaling=self.scaling[adapter],
+            anchor=None if anchor is None else (anchor[0].clone(), anchor[1].clone()),
+            frozen=self._fixed.get(adapter, frozenset()),
+            magnitude=None if magnitude is None else magnitude.detach().flatten(),
+        )
 
     def stored(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
         """PEFT's own two parameters."""
         return self.lora_A[adapter].weight, self.lora_B[adapter].weight
 
-    def train(self, mode: bool = True) -> Any:
-        self.__dict__.get("_norms", {}).clear()
-        return super().train(mode)
-
     def key(self, letter: str, adapter: str) -> str:
         """What a state dict calls a factor, behind the layer's name."""
         return f"lora_{letter}.{adapter}.weight"
+
+    def present(self) -> Any:
+        """The adapters of this layer."""
+        return self.lora_A
 
     def rank(self, adapter: str) -> int:
         return int(self.r[adapter])
 
     def frozen(self, adapter: str) -> str:
-        """The factors of a trainable adapter that do not train."""
-        flags = [factor.requires_grad for factor in self.stored(adapter)]
-        return "".join(name for name, flag in zip("AB", flags, strict=True) if not flag) if any(flags) else ""
+        """The factors of an adapter that never train."""
+        return "".join(sorted(self._fixed.get(adapter, ())))
 
     def anchor(self, adapter: str) -> matrix.Pair | None:
         A, B = (self._buffers.get(f"anchor_{name}_{adapter}") for name in "AB")
         return None if A is None or B is None else (A, B)
+
+    def magnitude(self, adapter: str) -> Tensor | None:
+        return self.lora_magnitude_vector[adapter].weight if self.use_dora.get(adapter) else None
 
     def branch(self, adapter: str) -> Branch:
         """The branch of one adapter as it runs now."""
         A, B = self.layout.from_file(*self.stored(adapter))
         dropout = self.lora_dropout[adapter]
         p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
-        magnitude = self.lora_magnitude_vector[adapter].weight if self.use_dora.get(adapter) else None
-        branch = Branch(A, B, self.scaling[adapter], self.anchor(adapter), p, magnitude)
-        if magnitude is None:
+        branch = Branch(A, B, self.scaling[adapter], self.anchor(adapter), p, self.magnitude(adapter))
+        if branch.magnitude is None:
             return branch
         cache = self._norms.setdefault(adapter, NormCache())
         return branch.with_norm(delta.row_norms(self.layout, self.original, branch, cache, self.training))
@@ -112,26 +137,22 @@ class ShellLayer(nn.Module):
         return kept[0] if kept else matrix.parameter_of(self.get_base_layer(), self.weight_name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        present = [name for name in self.active_adapters if name in self._present()]
-        mixed = kwargs.get("adapter_names") is not None
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            kwargs.pop("adapter_names", None)
-            return self.base_layer(*args, **kwargs)
-        if self.merged and not mixed:
-            if self.training and torch.is_grad_enabled():
-                raise AdapterState("this layer is merged, its factors would get no gradient: unmerge_adapter() first")
-            return self.base_layer(*args, **kwargs)
+        mixed = kwargs.get("adapter_names")
+        if self.merged and mixed is None and not self.disable_adapters and self.training and torch.is_grad_enabled():
+            raise AdapterState("this layer is merged, its factors would get no gradient: unmerge_adapter() first")
+        if self.disable_adapters or self.merged:
+            return super().forward(*args, **kwargs)
+        if mixed is not None:
+            self._refuse_anchored(mixed)
+            return super().forward(*args, **kwargs)
+        present = [name for name in self.active_adapters if name in self.present()]
         run = type(self).run
-        if run is not None and len(present) == 1 and not mixed and self._ours(present[0]):
+        if run is not None and len(present) == 1 and self._ours(present[0]):
             kwargs.pop("adapter_names", None)
             return run(self.base_layer, self.layout, self.branch(present[0]), *args, **kwargs)
-        self._refuse_anchored(kwargs["adapter_names"] if mixed else present)
+        if len(present) > 1:
+            self._refuse_anchored(present)
         return super().forward(*args, **kwargs)
-
-    def _present(self) -> Any:
-        return self.lora_A
 
     def _ours(self, adapter: str) -> bool:
         """Whether the adapter is plain LoRA or DoRA, and not one of PEFT's variants of it."""
@@ -139,7 +160,7 @@ class ShellLayer(nn.Module):
 
     def _refuse_anchored(self, adapters: Sequence[str]) -> None:
         anchored = {name for name in adapters if self.anchor(name) is not None}
-        if anchored and len(set(adapters)) > 1:
+        if anchored:
             raise AdapterState(
                 f"{', '.join(sorted(anchored))} has an anchored start, and several adapters are asked for at once: "
                 "save it and load it again, as plain LoRA of twice the rank"
@@ -148,8 +169,7 @@ class ShellLayer(nn.Module):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW as the weight is stored."""
         branch = self.branch(adapter)
-        weight = self.original
-        change = torch.zeros_like(weight, dtype=branch.A.dtype)
+        change = torch.zeros_like(self.original, dtype=branch.A.dtype)
         for block, (A, B) in zip(self.layout.blocks(change), branch.pairs(self.layout), strict=True):
             block.copy_(branch.scaling * (B @ A))
         return change
@@ -157,14 +177,14 @@ class ShellLayer(nn.Module):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold adapters in; the weights are new tensors, and the frozen one is kept for `unmerge`."""
         for adapter in check_adapters_to_merge(cast(BaseTunerLayer, self), adapter_names):
-            if adapter not in self._present():
+            if adapter not in self.present():
                 continue
             base = self.get_base_layer()
             weight = matrix.parameter_of(base, self.weight_name)
             with torch.no_grad():
                 merged = delta.merged_weight(self.layout, weight.detach(), self.branch(adapter))
             if safe_merge and not bool(merged.isfinite().all()):
-                raise ValueError(f"adapter {adapter!r} gives weights that are not finite: nothing was merged")
+                raise NonFiniteWeight(f"adapter {adapter!r} gives weights that are not finite: nothing was merged")
             if not self._kept.original:
                 self._kept.original.append(weight)
             base._parameters[self.weight_name] = nn.Parameter(merged, requires_grad=False)
@@ -176,7 +196,27 @@ class ShellLayer(nn.Module):
             self.get_base_layer()._parameters[self.weight_name] = self._kept.original.pop()
         self.merged_adapters.clear()
 
+    def train(self, mode: bool = True) -> Any:
+        self._norms.clear()
+        return super().train(mode)
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        super().set_adapter(*args, **kwargs)  # type: ignore[misc]
+        self._fix()
+
+    def set_requires_grad(self, *args: Any, **kwargs: Any) -> None:
+        super().set_requires_grad(*args, **kwargs)  # type: ignore[misc]
+        self._fix()
+
+    def _fix(self) -> None:
+        """PEFT lets both factors of an active adapter train."""
+        for adapter, letters in self._fixed.items():
+            for letter, factor in zip("AB", self.stored(adapter), strict=True):
+                if letter in letters:
+                    factor.requires_grad_(False)
+
     def delete_adapter(self, adapter_name: str) -> None:
+        self._fixed = {name: letters for name, letters in self._fixed.items() if name != adapter_name}
         super().delete_adapter(adapter_name)  # type: ignore[misc]
         for name in "AB":
             self._buffers.pop(f"anchor_{name}_{adapter_name}", None)
@@ -198,7 +238,7 @@ class ShellEmbedding(ShellLayer, lora.Embedding):
     def stored(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
         return self.lora_embedding_A[adapter], self.lora_embedding_B[adapter]
 
-    def _present(self) -> Any:
+    def present(self) -> Any:
         return self.lora_embedding_A
 
 
@@ -215,13 +255,24 @@ class ShellConv3d(ShellLayer, lora.layer.Conv3d):
 
 
 class ShellAttention(ShellLayer, lora.layer.MultiheadAttention):
-    run = staticmethod(attention.run)
-    # TransformerEncoderLayer's fast path reads the frozen weights past this module; False keeps it off.
-    _qkv_same_embed_dim = property(lambda self: False)
+    """PEFT registers the base's weights anew whenever modules are listed; here they stay the parameters they are."""
 
-    # The base never changes here, so nothing has to be put back before a state dict is made.
+    run = staticmethod(attention.run)
+
     def _restore_weights(self) -> None:
         return None
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.MultiheadAttention:
+        base = self.get_base_layer()
+        assert isinstance(base, nn.MultiheadAttention)
+        output = cast(ShellLayer, base.out_proj)
+        if merge:
+            self.merge(safe_merge, adapter_names)
+            output.merge(safe_merge, adapter_names)
+        base._modules["out_proj"] = output.get_base_layer()
+        return base
 
 
 class ShellParameter(ShellLayer, lora.layer.ParamWrapper):
@@ -230,12 +281,12 @@ class ShellParameter(ShellLayer, lora.layer.ParamWrapper):
     parameter_name: str
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        present = [name for name in self.active_adapters if name in self._present()]
-        self._refuse_anchored(present)
-        if self.disable_adapters or self.merged or len(present) != 1:
+        present = [name for name in self.active_adapters if name in self.present()]
+        if self.disable_adapters or self.merged or len(present) != 1 or kwargs.get("adapter_names") is not None:
             return super().forward(*args, **kwargs)
         path = f"{'base_layer.' * _depth(self.base_layer)}{self.parameter_name}"
         weight = experts.effective_weight(self.layout, self.original, self.branch(present[0]))
+        kwargs.pop("adapter_names", None)
         return torch.func.functional_call(self.base_layer, {path: weight}, args, kwargs)
 
 
@@ -249,7 +300,6 @@ _SHELLS: dict[type[nn.Module], type[ShellLayer]] = {
     lora.layer.Conv1d: ShellConv1d,
     lora.layer.Conv2d: ShellConv2d,
     lora.layer.Conv3d: ShellConv3d,
-    lora.layer.MultiheadAttention: ShellAttention,
     lora.layer.ParamWrapper: ShellParameter,
 }
 
@@ -268,3 +318,10 @@ def exchange(layer: nn.Module) -> ShellLayer:
     layer.__class__ = shell
     assert isinstance(layer, ShellLayer)
     return layer
+
+
+def shell_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, ShellLayer]]:
+    """The layers that carry an adapter, by name."""
+    for name, module in model.named_modules():
+        if isinstance(module, ShellLayer) and adapter in module.present():
+            yield name, module
