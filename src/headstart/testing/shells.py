@@ -1,0 +1,95 @@
+"""The ways to put adapters into a model that the laws are checked for."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from torch import nn
+
+from headstart.files.checkpoint import load, save
+from headstart.lora import adapt as lora
+from headstart.lora.config import LoraConfig
+
+
+class Shell(Protocol):
+    """A way to put adapters into a model."""
+
+    name: str
+
+    def adapt(self, model: nn.Module, config: LoraConfig) -> nn.Module: ...
+    def disabled(self, model: nn.Module) -> AbstractContextManager[object]: ...
+    def save(self, model: nn.Module, folder: str) -> None: ...
+    def load(self, base: nn.Module, folder: str) -> nn.Module: ...
+    def merge(self, model: nn.Module) -> None: ...
+    def unmerge(self, model: nn.Module) -> None: ...
+    def fold(self, model: nn.Module) -> nn.Module: ...
+    def remove(self, model: nn.Module) -> nn.Module: ...
+
+
+class Native:
+    """`headstart.adapt` and its kin."""
+
+    name = "native"
+
+    def adapt(self, model: nn.Module, config: LoraConfig) -> nn.Module:
+        return lora.adapt(model, config).model
+
+    def disabled(self, model: nn.Module) -> AbstractContextManager[object]:
+        return lora.adapter_of(model).disabled()
+
+    def save(self, model: nn.Module, folder: str) -> None:
+        save(model, folder)
+
+    def load(self, base: nn.Module, folder: str) -> nn.Module:
+        return load(base, folder).model
+
+    def merge(self, model: nn.Module) -> None:
+        lora.merge(model, reversible=True)
+
+    def unmerge(self, model: nn.Module) -> None:
+        lora.unmerge(model)
+
+    def fold(self, model: nn.Module) -> nn.Module:
+        lora.merge(model)
+        return model
+
+    def remove(self, model: nn.Module) -> nn.Module:
+        return lora.remove(model)
+
+
+class Peft:
+    """`headstart.peft`: a real PeftModel."""
+
+    name = "peft"
+
+    def adapt(self, model: nn.Module, config: LoraConfig) -> nn.Module:
+        from headstart.peft import get_peft_model
+
+        return get_peft_model(model, config)
+
+    def disabled(self, model: Any) -> AbstractContextManager[object]:
+        return model.disable_adapter()  # type: ignore[no-any-return]
+
+    def save(self, model: Any, folder: str) -> None:
+        model.save_pretrained(folder)
+
+    def load(self, base: nn.Module, folder: str) -> nn.Module:
+        from headstart.peft import from_pretrained
+
+        return from_pretrained(base, folder)
+
+    def merge(self, model: Any) -> None:
+        model.merge_adapter()
+
+    def unmerge(self, model: Any) -> None:
+        model.unmerge_adapter()
+
+    def fold(self, model: Any) -> nn.Module:
+        return model.merge_and_unload()  # type: ignore[no-any-return]
+
+    def remove(self, model: Any) -> nn.Module:
+        return model.unload()  # type: ignore[no-any-return]
+
+
+NATIVE, PEFT = Native(), Peft()

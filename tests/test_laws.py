@@ -1,0 +1,354 @@
+"""Every law of `headstart.testing` over every strategy, layer kind, dtype and shell; for every law, a break of it."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import headstart as hs
+from headstart import testing
+from headstart.errors import BadOption
+from headstart.inits import strategy as registry
+from headstart.inits.pissa import pissa
+from headstart.inits.strategy import Factors, Strategy
+from headstart.lora.adapt import adapter_of
+from headstart.lora.config import LoraConfig
+from headstart.lora.layers import lora_layers
+from headstart.testing import KINDS, LAWS, MODEL_LAWS, NATIVE, PEFT, Case, Law, Native, check_strategy, laws, violations
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*shared a weight with other modules", "ignore:The PyTorch API of nested tensors"
+)
+
+
+def broken(case: Case, laws: tuple[Law, ...] = LAWS) -> list[str]:
+    return [f"{law.__name__} ({case}): {said}" for law, said in violations(case, laws)]
+
+
+def dtypes(init: str, kind: str) -> tuple[torch.dtype, torch.dtype]:
+    """Full precision, and one of the halves by turns: every start and every kind meets both."""
+    turn = hs.strategies().index(init) + list(KINDS).index(kind)
+    return torch.float32, (torch.bfloat16, torch.float16)[turn % 2]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("init", hs.strategies())
+def test_every_start_obeys_the_laws_on_every_kind_of_layer(init: str, kind: str) -> None:
+    found = [said for dtype in dtypes(init, kind) for said in broken(Case(init, KINDS[kind], dtype))]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if kind.peft])
+@pytest.mark.parametrize("init", hs.strategies())
+def test_every_start_obeys_the_laws_in_a_peft_model(init: str, kind: str) -> None:
+    cases = [Case(init, KINDS[kind], dtype, shell=PEFT) for dtype in dtypes(init, kind)]
+    found = [said for case in cases for said in broken(case, MODEL_LAWS)]
+    assert not found, "\n".join(found)
+
+
+def test_starts_are_the_same_in_every_process() -> None:
+    """Neither the hash seed nor what ran before enters a start."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from test_laws import digest; print(digest())"
+    environment = {**os.environ, "PYTHONHASHSEED": "123"}
+    here = str(Path(__file__).parent)
+    done = subprocess.run([sys.executable, "-c", code, here], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == digest()
+
+
+def digest() -> str:
+    torch.set_num_threads(1)
+    found = hashlib.sha256()
+    for init, kind in itertools.product(hs.strategies(), ("linear", "embedding", "conv2d_grouped", "experts")):
+        for _, start in Case(init, KINDS[kind]).starts().values():
+            found.update(start.A.numpy().tobytes() + start.B.numpy().tobytes())
+    return found.hexdigest()
+
+
+# ------------------------------------------------------------------ negative controls: starts
+
+
+def strategy(function: Callable[..., Factors]) -> Strategy:
+    return Strategy(function.__name__, function, paper="", fact="")
+
+
+def too_large(shape: tuple[int, int], rank: int) -> Factors:
+    return Factors(torch.ones(rank + 1, shape[1]), torch.zeros(shape[0], rank + 1))
+
+
+def half(weight: Any, rank: int) -> Factors:
+    return Factors(torch.ones(rank, weight.shape[1]).bfloat16(), torch.zeros(weight.shape[0], rank).bfloat16())
+
+
+def dead(shape: tuple[int, int], rank: int) -> Factors:
+    return Factors(torch.zeros(rank, shape[1]), torch.zeros(shape[0], rank))
+
+
+def half_dead(shape: tuple[int, int], rank: int) -> Factors:
+    A = torch.ones(rank, shape[1])
+    A[-1] = 0
+    return Factors(A, torch.zeros(shape[0], rank))
+
+
+def residual(weight: Any, rank: int, scaling: float) -> Factors:
+    """PEFT's way: the weight loses what the branch holds."""
+    m, n = weight.shape
+    A, B = torch.full((rank, n), 0.1), torch.full((m, rank), 0.1)
+    weight -= scaling * (B @ A).to(weight.dtype)
+    return Factors(A, B)
+
+
+def global_noise(shape: tuple[int, int], rank: int) -> Factors:
+    return Factors(torch.rand(rank, shape[1]), torch.zeros(shape[0], rank))
+
+
+calls = itertools.count(1)
+
+
+def counting(shape: tuple[int, int], rank: int) -> Factors:
+    return Factors(torch.full((rank, shape[1]), float(next(calls))), torch.zeros(shape[0], rank))
+
+
+def undivided(weight: Any, rank: int, scaling: float) -> Factors:
+    """A PiSSA that forgets s."""
+    U, S, Vh = torch.linalg.svd(weight.float(), full_matrices=False)
+    root = S[:rank].sqrt()
+    return Factors(root[:, None] * Vh[:rank], U[:, :rank] * root, anchored=True)
+
+
+def by_layout(weight: Any, rank: int) -> Factors:
+    """Fills A in the order in which the weight lies in memory."""
+    m, n = weight.shape
+    first = weight if weight.is_contiguous() else weight.T
+    return Factors(first.flatten()[: rank * n].reshape(rank, n).float() + 1, torch.zeros(m, rank))
+
+
+def by_norm(weight: Any, rank: int) -> Factors:
+    """0/0 on a zero weight."""
+    m, n = weight.shape
+    return Factors((weight / weight.norm()).float()[:1].expand(rank, n).clone(), torch.zeros(m, rank))
+
+
+def blind(weight: Any, rank: int) -> Factors:
+    """Reads a weight and does not see that it is NaN."""
+    m, n = weight.shape
+    return Factors(weight.float().nan_to_num()[:1].expand(rank, n) + 1, torch.zeros(m, rank))
+
+
+BROKEN_STARTS = [
+    (laws.factors_have_the_shapes_asked_for, too_large),
+    (laws.factors_have_the_shapes_asked_for, half),
+    (laws.factors_have_the_shapes_asked_for, dead),
+    (laws.factors_have_the_shapes_asked_for, half_dead),
+    (laws.starts_are_pure, residual),
+    (laws.starts_are_pure, global_noise),
+    (laws.starts_know_no_order, counting),
+    (laws.scaling_cancels, undivided),
+    (laws.storage_does_not_matter, by_layout),
+    (laws.odd_weights_are_served_or_refused, by_norm),
+    (laws.odd_weights_are_served_or_refused, blind),
+]
+
+
+@pytest.mark.parametrize(("law", "start"), BROKEN_STARTS, ids=lambda it: it.__name__)
+def test_a_broken_start_fails_its_law(law: Law, start: Callable[..., Factors]) -> None:
+    with testing.registered(strategy(start)) as name:
+        assert broken(Case(name, KINDS["linear"]), (law,))
+    assert not broken(Case("pissa", KINDS["linear"]), (law,))
+
+
+# ------------------------------------------------------------------ negative controls: shells
+
+
+class Moving(Native):
+    """Forgets the anchors."""
+
+    def adapt(self, model: nn.Module, config: LoraConfig) -> nn.Module:
+        super().adapt(model, config)
+        for _, layer in lora_layers(model):
+            layer.anchor_A = layer.anchor_B = None
+        return model
+
+
+class Destructive(Moving):
+    """Moves the anchor into the weight: right at step zero, and wrong for ever after."""
+
+    def adapt(self, model: nn.Module, config: LoraConfig) -> nn.Module:
+        super().adapt(model, config)
+        for _, layer in lora_layers(model):
+            layer.original.data -= layer.merged_weight() - layer.original.data
+        return model
+
+
+class Thawed(Native):
+    """Freezes nothing."""
+
+    def adapt(self, model: nn.Module, config: LoraConfig) -> nn.Module:
+        return super().adapt(model, config).requires_grad_(True)
+
+
+class Bypassed(Native):
+    """Lets torch's encoders compute past the layers."""
+
+    def adapt(self, model: nn.Module, config: LoraConfig) -> nn.Module:
+        super().adapt(model, config)
+        adapter_of(model)._switch(off=False)
+        return model
+
+
+class Enabled(Native):
+    """Disables nothing."""
+
+    def disabled(self, model: nn.Module) -> AbstractContextManager[object]:
+        return nullcontext()
+
+
+class Forgetful(Native):
+    """Leaves the flags as the adapter set them."""
+
+    def remove(self, model: nn.Module) -> nn.Module:
+        return super().remove(model).requires_grad_(False)
+
+
+class Unscaled(Native):
+    """Merges B·A for s·B·A."""
+
+    def merge(self, model: nn.Module) -> None:
+        for _, layer in lora_layers(model):
+            layer.scaling = 1.0
+        super().merge(model)
+
+
+class Sticky(Native):
+    """Unmerges by leaving things as they are."""
+
+    def unmerge(self, model: nn.Module) -> None:
+        for _, layer in lora_layers(model):
+            layer._merged.original.clear()
+
+
+class Truncating(Native):
+    """Saves the first direction alone."""
+
+    def save(self, model: nn.Module, folder: str) -> None:
+        hs.save(model, folder, rank=1)
+
+
+class Patternless(Native):
+    """Reads one scale for all layers."""
+
+    def load(self, base: nn.Module, folder: str) -> nn.Module:
+        model = super().load(base, folder)
+        layers = dict(lora_layers(model)).values()
+        for layer in layers:
+            layer.scaling = next(iter(layers)).scaling
+        return model
+
+
+class Restless(Native):
+    """Another seed for every run."""
+
+    def adapt(self, model: nn.Module, config: LoraConfig) -> nn.Module:
+        return super().adapt(model, replace(config, seed=next(calls)))
+
+
+BROKEN_SHELLS = [
+    (laws.the_function_is_kept_at_step_zero, Moving, "linear"),
+    (laws.only_the_adapter_trains, Thawed, "linear"),
+    (laws.only_the_adapter_trains, Destructive, "linear"),
+    (laws.every_mode_computes_the_branch, Bypassed, "encoder_linear"),
+    (laws.disabled_is_the_base, Enabled, "linear"),
+    (laws.disabled_is_the_base, Destructive, "linear"),
+    (laws.removed_is_the_base, Forgetful, "linear"),
+    (laws.removed_is_the_base, Destructive, "linear"),
+    (laws.merged_computes_the_same, Unscaled, "conv2d"),
+    (laws.merged_computes_the_same, Sticky, "linear"),
+    (laws.a_file_means_the_same_on_a_fresh_base, Truncating, "embedding"),
+    (laws.a_file_means_the_same_on_a_fresh_base, Destructive, "linear"),
+    (laws.a_file_carries_patterns_and_biases, Patternless, "linear"),
+    (laws.runs_repeat, Restless, "linear"),
+]
+
+
+@pytest.mark.parametrize(("law", "shell", "kind"), BROKEN_SHELLS, ids=lambda it: getattr(it, "__name__", it))
+def test_a_broken_shell_fails_its_law(law: Law, shell: type[Native], kind: str) -> None:
+    init = "kaiming" if shell is Restless else "pissa"
+    assert broken(Case(init, KINDS[kind], shell=shell()), (law,))
+    assert not broken(Case(init, KINDS[kind], shell=NATIVE), (law,))
+
+
+def unrelated(shape: tuple[int, int], rank: int, scaling: float, generator: torch.Generator) -> Factors:
+    """A PiSSA of random directions: anchored, and of no use."""
+    m, n = shape
+    U = torch.linalg.qr(torch.randn(m, rank, generator=generator)).Q
+    V = torch.linalg.qr(torch.randn(n, rank, generator=generator)).Q
+    return Factors(V.T / scaling, U, anchored=True)
+
+
+def test_the_laws_cannot_see_which_directions_a_start_takes() -> None:
+    """Which is why every spectral start is also held against a dense float64 decomposition."""
+    check_strategy(strategy(unrelated), kinds=["linear"])
+    W = torch.randn(40, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    best = W.norm() ** 2 - torch.linalg.svdvals(W)[:4].square().sum()
+    generator = torch.Generator().manual_seed(0)
+    found = {
+        True: pissa(W.float(), 4, 2.0, generator),
+        False: unrelated((40, 30), 4, 2.0, generator),
+    }
+    for right, factors in found.items():
+        left = (W - 2.0 * factors.B.double() @ factors.A.double()).norm() ** 2
+        assert (left < best * (1 + 1e-6)) == right
+
+
+def test_every_law_has_a_break() -> None:
+    assert {law for law, *_ in (*BROKEN_STARTS, *BROKEN_SHELLS)} == set(LAWS)
+
+
+# ------------------------------------------------------------------ check_strategy
+
+
+def test_a_strategy_of_your_own_is_checked_and_not_kept() -> None:
+    def mine(shape: tuple[int, int], rank: int, generator: torch.Generator) -> Factors:
+        return Factors(torch.randn(rank, shape[1], generator=generator), torch.zeros(shape[0], rank))
+
+    before = registry.names()
+    check_strategy(strategy(mine), kinds=["linear"], dtypes=[torch.float32])
+    assert registry.names() == before
+
+
+def test_what_is_broken_is_listed_with_its_case() -> None:
+    with pytest.raises(AssertionError, match=r"starts_are_pure \(residual on linear, float32, native\)"):
+        check_strategy(strategy(residual), kinds=["linear"], dtypes=[torch.float32])
+
+
+def test_an_unknown_kind_is_refused_with_the_nearest() -> None:
+    with pytest.raises(BadOption, match=r"'linaer'; did you mean 'linear'"):
+        check_strategy("pissa", kinds=["linaer"])
+
+
+def test_a_start_that_raises_breaks_its_laws() -> None:
+    def raising(shape: tuple[int, int], rank: int) -> Factors:
+        raise ZeroDivisionError("by design")
+
+    with pytest.raises(AssertionError, match="ZeroDivisionError: by design"):
+        check_strategy(strategy(raising), kinds=["linear"], dtypes=[torch.float32])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("init", hs.strategies())
+def test_the_laws_hold_on_an_accelerator(init: str) -> None:
+    device = torch.accelerator.current_accelerator()
+    assert device is not None
+    check_strategy(init, device=device)
