@@ -1,0 +1,39 @@
+"""What each start does, asked of it on a small matrix: the one place where this is known is its own code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from headstart.inits import get, names
+from headstart.inits.strategy import Factors, Strategy
+
+
+def on_a_small_matrix(strategy: Strategy, options: Mapping[str, Any]) -> Factors:
+    """Its start on a random 8×8 matrix at rank 2: whether it is anchored, and what it freezes."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(8, 8, generator=generator)
+    given = {"weight": weight, "shape": (8, 8), "rank": 2, "scaling": 1.0, "kind": "linear", "generator": generator}
+    return strategy.start(given, options)
+
+
+def table() -> list[dict[str, Any]]:
+    """One row a registered start, of plain values."""
+    rows = []
+    for name in names():
+        strategy = get(name)[0]
+        start = on_a_small_matrix(strategy, {})
+        rows.append(
+            {
+                "name": name,
+                "needs": ["the weight"] * strategy.reads_weight + list(strategy.needs),
+                "anchored": start.anchored,
+                "trains": " and ".join(letter for letter in "AB" if letter not in start.frozen),
+                "options": dict(strategy.options),
+                "fact": strategy.fact,
+                "paper": strategy.paper,
+            }
+        )
+    return rows

@@ -1,0 +1,162 @@
+"""One run from its config to its folder: TRL's trainer, with our start."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import TrainerCallback
+
+import headstart
+from headstart.files.atomic import write_text
+from headstart.lora.config import LoraConfig
+from headstart.peft import get_peft_model
+from headstart.tune import card, data, models
+from headstart.tune.folder import Folder, read_metrics, write_folder
+from headstart.tune.plot import plot_losses
+from headstart.tune.recipe import RunConfig
+from headstart.tune.trainer import Trainer, build_trainer, trainable_line
+from headstart.tune.watch import Interrupted, Interruption, Lines, Progress, Recorder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from headstart.peft.model import ShellModel
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a run came to.
+
+    Attributes:
+        output: its folder; steps: all of them, also those before an interruption.
+        trainable, total: parameters.
+        loss: of the last log; held_out_before, held_out_after: where there was held-out data.
+        seconds, tokens: of training; evaluation is not counted.
+    """
+
+    output: str
+    steps: int
+    trainable: int
+    total: int
+    loss: float
+    held_out_before: float | None
+    held_out_after: float | None
+    seconds: float
+    tokens: int
+
+    def __str__(self) -> str:
+        rate = self.tokens / self.seconds if self.seconds else 0.0
+        lines = [f"{self.steps} steps, {self.tokens:,} tokens in {self.seconds:.0f} s: {rate:,.0f} tokens/s"]
+        if self.held_out_before is not None:
+            lines.append(f"held-out loss {self.held_out_before:.3f} → {self.held_out_after:.3f}")
+        names = ("adapter/", "run.yaml", "metrics.jsonl", "loss.png")
+        return "\n".join([*lines, "wrote " + "  ".join(str(Path(self.output)) + "/" + name for name in names)])
+
+
+def run(config: RunConfig, say: Say = print, watchers: Sequence[TrainerCallback] = ()) -> Finished:
+    """Fine-tune, and write `config.output`.
+
+    Args:
+        config: the run.
+        say: gets each line for the reader; progress goes to stderr.
+        watchers: further callbacks of transformers' Trainer.
+
+    Raises:
+        HeadstartError: before anything is written, where the config, the model or the data cannot be used.
+        Interrupted: after a checkpoint, where Ctrl-C or SIGTERM asked for it.
+    """
+    folder = Folder(Path(config.output))
+    lora = LoraConfig(**config.lora(), task_type="CAUSAL_LM")
+    source = models.find(config.model)
+    checkpoint = folder.start(config)
+    dtype = folder.recorded().dtype if checkpoint and config.dtype == "auto" else config.dtype
+    config = config.model_copy(update={"dtype": models.trained_dtype(source, dtype)})
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    is_main = int(os.environ.get("RANK", 0)) == 0
+    say = say if is_main else lambda line: None
+    with folder.locked() if is_main else nullcontext():
+        tokenizer, rows = _ingredients(config, source)
+        say(f"data: {config.data}: {rows}")
+        model = get_peft_model(models.load(source, config.dtype), lora)
+        say(trainable_line(model))
+        trainer = build_trainer(model, tokenizer, rows, config, resuming=checkpoint is not None)
+        if missing := trainer.left_out:
+            say(f"{missing} rows are left out: their prompt alone fills max_length={config.max_length}")
+        if checkpoint is not None:
+            say(f"going on from {checkpoint}")
+        recorder = _train(trainer, config, folder, checkpoint, watchers)
+        finished = _finished(trainer, recorder, config)
+        if trainer.is_world_process_zero():
+            plot_losses(read_metrics(folder.metrics), folder.plot, title=f"{Path(source.name).name}, {config.init}")
+            write_folder(folder.adapter, lambda path: _save(path, model, config, source, finished))
+        trainer.accelerator.wait_for_everyone()
+    return finished
+
+
+def _ingredients(config: RunConfig, source: models.Source) -> tuple[PreTrainedTokenizerBase, data.Rows]:
+    tokenizer = models.tokenizer_of(models.unpacked(source))
+    return tokenizer, data.prepare(config, tokenizer)
+
+
+def _train(
+    trainer: Trainer, config: RunConfig, folder: Folder, checkpoint: Path | None, watchers: Sequence[TrainerCallback]
+) -> Recorder:
+    """Train to the end, or to a checkpoint where somebody asked to stop."""
+    if trainer.is_world_process_zero():
+        _begin(folder, config, checkpoint)
+    interruption, recorder = Interruption(), Recorder(folder)
+    for watcher in (recorder, interruption, Progress() if sys.stderr.isatty() else Lines(), *watchers):
+        trainer.add_callback(watcher)
+    with interruption.listening():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if interruption.stopped:
+        command = f"headstart tune --config {folder.recipe}"
+        raise Interrupted(str(folder.last_checkpoint()), trainer.state.global_step, command)
+    if trainer.eval_dataset is not None and not _evaluated_last(trainer):
+        trainer.evaluate()
+    return recorder
+
+
+def _begin(folder: Folder, config: RunConfig, checkpoint: Path | None) -> None:
+    """Write the resolved config, and keep of the metrics what the checkpoint knows."""
+    step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1
+    write_text(folder.recipe, config.to_yaml(f"headstart {headstart.__version__}: headstart tune --config run.yaml"))
+    folder.rewind_metrics(step)
+
+
+def _evaluated_last(trainer: Trainer) -> bool:
+    return any("eval_loss" in line and line["step"] == trainer.state.global_step for line in trainer.state.log_history)
+
+
+def _finished(trainer: Trainer, recorder: Recorder, config: RunConfig) -> Finished:
+    lines = read_metrics(recorder.folder.metrics) if trainer.is_world_process_zero() else trainer.state.log_history
+    losses = [line["loss"] for line in lines if "loss" in line]
+    held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    trainable, total = trainer.accelerator.unwrap_model(trainer.model).get_nb_trainable_parameters()
+    return Finished(
+        output=config.output,
+        steps=trainer.state.global_step,
+        trainable=trainable,
+        total=total,
+        loss=losses[-1],
+        held_out_before=held_out[0] if held_out else None,
+        held_out_after=held_out[-1] if held_out else None,
+        seconds=round(recorder.seconds, 1),
+        tokens=recorder.tokens,
+    )
+
+
+def _save(path: Path, model: ShellModel, config: RunConfig, source: models.Source, finished: Finished) -> None:
+    """The adapter in PEFT's format, and its card."""
+    model.save_pretrained(path)
+    write_text(path / "README.md", card.write(config, source, finished, str(model.init_reports["default"])))

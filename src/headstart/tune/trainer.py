@@ -1,0 +1,95 @@
+"""TRL's trainer for a run: what each field of the config is called there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from datasets import Dataset
+from transformers import PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+from headstart.errors import DataError
+from headstart.tune import data
+from headstart.tune.folder import Folder
+from headstart.tune.recipe import RunConfig
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+
+class Trainer(SFTTrainer):
+    """SFTTrainer without the model card that it drafts into every checkpoint.
+
+    Attributes:
+        left_out: rows in which truncation left no token with a loss.
+    """
+
+    left_out = 0
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Ours is written once, beside the finished adapter."""
+
+
+def build_trainer(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: data.Rows,
+    config: RunConfig,
+    resuming: bool = False,
+) -> Trainer:
+    """TRL's trainer for this run, with our progress instead of its own."""
+    evaluates = rows.held_out is not None
+    arguments = SFTConfig(
+        output_dir=str(Folder(Path(config.output)).checkpoints),
+        num_train_epochs=config.epochs,
+        max_steps=config.steps or -1,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_scheduler,
+        warmup_steps=config.warmup,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        max_length=config.max_length,
+        packing=config.packing,
+        eval_packing=False,
+        assistant_only_loss=rows.assistant_only,
+        gradient_checkpointing=config.gradient_checkpointing,
+        # The weights have the dtype of the run and the factors stay float32; autocast would only add casts.
+        bf16=False,
+        seed=config.seed,
+        data_seed=config.seed,
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=config.eval_every or 0.1,
+        eval_on_start=evaluates and not resuming,
+        save_steps=config.save_every or 0.1,
+        save_total_limit=2,
+        report_to=config.report_to,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
+    )
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows.train,
+        eval_dataset=rows.held_out,
+        processing_class=tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)
+    prepared = len(cast(Dataset, trainer.train_dataset))
+    trainer.left_out = 0 if config.packing else len(rows.train) - prepared
+    if prepared == 0:
+        raise DataError(f"no row has a token to learn within max_length={config.max_length}: raise --max-length")
+    return trainer
+
+
+def trainable_line(model: PeftModel) -> str:
+    """In PEFT's own words."""
+    trainable, total = model.get_nb_trainable_parameters()
+    return f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}"
