@@ -170,7 +170,11 @@ def _give_back() -> None:
 def _resident() -> dict[str, float]:
     """What is resident, by kind, in MB."""
     lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
-    return {words[0].rstrip(":"): int(words[1]) * 1024 / 1e6 for words in lines if words[0].startswith(("VmHWM", "VmRSS", "Rss"))}
+    return {
+        words[0].rstrip(":"): int(words[1]) * 1024 / 1e6
+        for words in lines
+        if words[0].startswith(("VmHWM", "VmRSS", "Rss"))
+    }
 
 
 def measure(arms: Mapping[str, Arm], repeats: int, warm: Mapping[str, Arm] | None = None) -> dict[str, Cost]:

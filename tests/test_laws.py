@@ -7,7 +7,7 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -33,8 +33,8 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def broken(case: Case, laws: tuple[Law, ...] = LAWS) -> list[str]:
-    return [f"{law.__name__} ({case}): {said}" for law, said in violations(case, laws)]
+def broken(case: Case, wanted: Sequence[Law] = LAWS) -> list[str]:
+    return [f"{law.__name__} ({case}): {said}" for law, said in violations(case, wanted)]
 
 
 def dtypes(init: str, kind: str) -> tuple[torch.dtype, torch.dtype]:
@@ -50,11 +50,17 @@ def test_every_start_obeys_the_laws_on_every_kind_of_layer(init: str, kind: str)
     assert not found, "\n".join(found)
 
 
+# A start enters a PeftModel as two factors, anchored or not, frozen or not, with or without a product that is zero.
+# One of each goes through every law there; the others, through the laws that would see their numbers go wrong.
+SORTS = {"kaiming", "pissa", "mica", "random"}
+NUMBERS = (laws.the_function_is_kept_at_step_zero, laws.a_file_means_the_same_on_a_fresh_base)
+
+
 @pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if kind.peft])
 @pytest.mark.parametrize("init", hs.strategies())
 def test_every_start_obeys_the_laws_in_a_peft_model(init: str, kind: str) -> None:
-    cases = [Case(init, KINDS[kind], dtype, shell=PEFT) for dtype in dtypes(init, kind)]
-    found = [said for case in cases for said in broken(case, MODEL_LAWS)]
+    full, half = (Case(init, KINDS[kind], dtype, shell=PEFT) for dtype in dtypes(init, kind))
+    found = broken(full, MODEL_LAWS) + broken(half, MODEL_LAWS) if init in SORTS else broken(full, NUMBERS)
     assert not found, "\n".join(found)
 
 

@@ -9,7 +9,6 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,17 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import headstart as hs
-from headstart import linalg, testing
+from headstart import linalg
 from headstart.errors import AdapterState, BadAlpha, BadRank, UnknownInit
 from headstart.files.adapter import read_adapter
+from headstart.inits import strategy as registry
 from headstart.lora.adapt import adapter_of
+from headstart.lora.layers import LoraLayer
 from headstart.peft import from_pretrained, get_peft_model
+from headstart.peft.layers import ShellLayer
 from headstart.testing import KINDS, NATIVE, PEFT, Both, Case, Kind, Shell, fingerprint, train
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -247,9 +250,7 @@ def test_olora_factorises_the_first_columns_only(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(torch.linalg, "qr", qr)
     W = torch.randn(96, 64)
-    start = testing.registry.get("olora")[0].start(
-        {"weight": W, "rank": 4, "scaling": 2.0, "generator": torch.Generator()}, {}
-    )
+    start = registry.get("olora")[0].start({"weight": W, "rank": 4, "scaling": 2.0, "generator": torch.Generator()}, {})
     assert all(columns <= 4 for _, columns in seen)
     Q, R = torch.linalg.qr(W.double())
     assert torch.allclose(2.0 * start.B.double() @ start.A.double(), Q[:, :4] @ R[:4], atol=1e-5)
@@ -262,7 +263,7 @@ def test_the_fast_pissa_finds_the_subspace(spelling: str) -> None:
     S = 1 / torch.arange(1, m + 1).double()
     U, V = (torch.linalg.qr(torch.randn(m, m, dtype=torch.float64))[0] for _ in range(2))
     W = (U * S @ V.T).float()
-    strategy, options = testing.registry.get(spelling)
+    strategy, options = registry.get(spelling)
     given = {"weight": W, "rank": r, "scaling": 1.0, "generator": torch.Generator().manual_seed(0)}
     start = strategy.start(given, options)
     found, _ = torch.linalg.qr(start.B.double())
@@ -317,8 +318,9 @@ def test_loftq_is_refused_by_name_and_does_not_crash(name: str) -> None:
 def test_transposed_linears_start_as_linears_do(square: bool, init: str, shell: Shell) -> None:
     """GPT-2's Conv1D: PEFT's OLoRA crashes where the sides differ, and corrupts the layer where they do not."""
     m = 12 if square else 8
-    case = Case(init, Kind(f"conv1d_{m}", lambda: Both(partial(testing._conv1d, m, 12)), LINEAR.inputs, fields=LINEAR.fields),
-                shell=shell)  # fmt: skip
+    case = Case(
+        init, Kind(f"conv1d_{m}", lambda: Both(lambda: Conv1D(m, 12)), LINEAR.inputs, fields=LINEAR.fields), shell=shell
+    )
     assert apart(case.outputs(case.adapted()), case.outputs(case.model())) <= 1e-6
     if shell is PEFT:
 
@@ -375,28 +377,17 @@ def test_attention_never_writes_to_its_weights(shell: Shell) -> None:
 
 @SHELLS
 def test_attention_adds_the_branch_of_its_output_once(shell: Shell) -> None:
-    """PEFT adds it twice (huggingface/peft#3774), merged and unmerged."""
+    """PEFT adds it twice (huggingface/peft#3774); the scale s of both projections is the one that was asked for."""
     case = Case("kaiming", KINDS["attention"], shell=shell)
-    wanted = case.outputs(case.trained)
-    base = case.model()
-    native = case.trained if shell is NATIVE else None
-    folder_weights = _by_definition(base, native or case.trained)
-    assert apart(case.outputs(folder_weights), wanted) <= 1e-5
-
-
-def _by_definition(base: nn.Module, adapted: nn.Module) -> nn.Module:
-    """The base with W + s·B·A written into every weight, from the factors as they stand in the model."""
-    layers = {n: m for n, m in adapted.named_modules() if n.endswith(("left", "right", "out_proj")) and "lora" not in n}
-    for name, layer in layers.items():
-        if not isinstance(layer, testing.lora.LoraLayer) and "layout" not in vars(layer):
-            continue
-        plain = ".".join(p for p in name.split(".") if p not in ("base_layer", "base_model", "model"))
-        branch = layer.branch() if isinstance(layer, testing.lora.LoraLayer) else layer.branch("default")  # type: ignore
-        module = base.get_submodule(plain)
-        weight = module.in_proj_weight if isinstance(module, nn.MultiheadAttention) else module.weight
-        with torch.no_grad():
-            weight += branch.scaling * (branch.B @ branch.A)
-    return base
+    base, trained = case.model(), case.trained
+    with torch.no_grad():
+        for module in trained.modules():
+            if isinstance(module, LoraLayer | ShellLayer):
+                branch = module.branch() if isinstance(module, LoraLayer) else module.branch("default")
+                assert branch.scaling == 2.0
+                twin = next(p for p in base.parameters() if torch.equal(p, module.original))
+                twin += branch.scaling * (branch.B @ branch.A)
+    assert apart(case.outputs(base), case.outputs(case.trained)) <= 1e-5
 
 
 @SHELLS
@@ -414,7 +405,9 @@ def test_every_kind_of_layer_merges(name: str, shell: Shell) -> None:
 
 @SHELLS
 @pytest.mark.parametrize("init", [*ANCHORED, "mica"])
-def test_a_rank_that_a_weight_has_not_is_refused_or_clipped_with_its_scale(init: str, shell: Shell, tmp_path: Path) -> None:
+def test_a_rank_that_a_weight_has_not_is_refused_or_clipped_with_its_scale(
+    init: str, shell: Shell, tmp_path: Path
+) -> None:
     case = Case(init, LINEAR, shell=shell).but(r=20, lora_alpha=20)
     model = case.model()
     before = fingerprint(model)
@@ -441,7 +434,9 @@ def test_an_alpha_that_a_start_divides_by_is_positive(init: str, alpha: float, s
     with pytest.raises(BadAlpha, match="left"):
         case.but(alpha_pattern={"left": alpha}).adapted()
     if shell is PEFT and init == "pissa" and alpha == -8.0:
-        observe(case, "α = −8 gives NaN", lambda: bool(case.outputs(plain_peft(case, lora_alpha=alpha))[0].isnan().any()))
+        observe(
+            case, "α = −8 gives NaN", lambda: bool(case.outputs(plain_peft(case, lora_alpha=alpha))[0].isnan().any())
+        )
 
 
 # ------------------------------------------------------------------ 19: merging
@@ -452,30 +447,33 @@ def test_an_alpha_that_a_start_divides_by_is_positive(init: str, alpha: float, s
 @pytest.mark.parametrize("init", ["kaiming", "pissa"])
 def test_a_merge_rounds_once_and_an_unmerge_restores_the_bits(init: str, dtype: torch.dtype, shell: Shell) -> None:
     case = Case(init, LINEAR, dtype, shell=shell)
-    file_of = {n: p.detach().clone() for n, p in case.model().named_parameters()}
-    native = Case(init, LINEAR, dtype).trained
-    exact = {
-        name: file_of[f"{name}.weight"].double()
-        + layer.scaling
-        * (layer.factors[1].double() @ layer.factors[0].double() - (_anchor_product(layer) if layer.anchor else 0))
-        for name, layer in adapter_of(native).layers().items()
-    }
-    outputs = case.outputs(case.trained)
+    outputs, exact = case.outputs(case.trained), _sums(Case(init, LINEAR, dtype))
+
+    def weights() -> dict[str, Tensor]:
+        wanted = {n.rsplit(".", 1)[-1]: m for n, m in case.trained.named_modules()}
+        return {side: wanted[side].get_submodule("base_layer").get_parameter("weight") for side in ("left", "right")}
+
+    before = {side: weight.detach().clone() for side, weight in weights().items()}
     shell.merge(case.trained)
-    for side, wanted in exact.items():
-        found = next(m for n, m in case.trained.named_modules() if n.endswith(side)).base_layer.weight
-        assert torch.equal(found, wanted.to(dtype))
+    for side, merged in weights().items():
+        off, least = (merged.double() - exact[side]).abs(), (exact[side].to(dtype).double() - exact[side]).abs()
+        # (float64 goes to float16 by way of float32, and so is at times off by more than the merge.)
+        assert (
+            bool((off <= least).all()) if dtype != torch.float32 else float(off.max() / exact[side].abs().max()) < 1e-7
+        )
     shell.unmerge(case.trained)
-    for name, wanted in file_of.items():
-        side, leaf = name.split(".")
-        module = next(m for n, m in case.trained.named_modules() if n.endswith(side)).base_layer
-        assert torch.equal(module.get_parameter(leaf), wanted)
+    assert all(torch.equal(weight, before[side]) for side, weight in weights().items())
     assert same_bits(case.outputs(case.trained), outputs)
 
 
-def _anchor_product(layer: Any) -> Tensor:
-    A, B = layer.anchor
-    return B.double() @ A.double()
+def _sums(case: Case) -> dict[str, Tensor]:
+    """W + s·(B·A − B₀·A₀) of every layer, in float64."""
+    found = {}
+    for name, layer in adapter_of(case.trained).layers().items():
+        A, B = (factor.detach().double() for factor in layer.factors)
+        A0, B0 = (factor.double() for factor in layer.anchor or (0 * A, 0 * B))
+        found[name] = layer.original.detach().double() + layer.scaling * (B @ A - B0 @ A0)
+    return found
 
 
 def test_a_safe_merge_gives_the_bits_of_a_merge() -> None:
@@ -487,16 +485,16 @@ def test_a_safe_merge_gives_the_bits_of_a_merge() -> None:
     model.merge_adapter(safe_merge=True)
     assert all(torch.equal(p, merged[n]) for n, p in model.named_parameters())
 
-    def look() -> str:
+    def look() -> float:
         both = []
         for safe in (False, True):
+            torch.manual_seed(0)
             theirs = train(case, plain_peft(case, init_lora_weights=True))
             theirs.merge_adapter(safe_merge=safe)
-            both.append(torch.cat([m.base_layer.weight.flatten() for n, m in theirs.named_modules() if n.endswith("t")
-                                   and hasattr(m, "base_layer")]))  # fmt: skip
-        return f"{float((both[0] != both[1]).float().mean()):.1%}"
+            both.append(theirs.base_model.model.left.base_layer.weight)
+        return float((both[0] != both[1]).float().mean())
 
-    observe(case, "elements that a safe merge rounds otherwise", look)
+    observe(case, "share of elements that a safe merge rounds otherwise", look)
 
 
 def test_get_peft_model_returns_a_peft_model() -> None:

@@ -26,6 +26,7 @@ from headstart.errors import (
     NoTarget,
     UnknownField,
     UnknownInit,
+    UnsupportedLayer,
 )
 
 pytest.importorskip("trl", reason="the extra headstart[train]")
@@ -236,6 +237,34 @@ def test_a_prompt_that_fills_the_row_is_told(recipe: Any, tmp_path: Path) -> Non
         run(recipe(data=str(path), max_length=3, eval_fraction=0, output=str(tmp_path / "b")), SILENT)
 
 
+def test_the_bar_shows_loss_and_speed(recipe: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    run(recipe(steps=3), SILENT)
+    last = capsys.readouterr().err.split("\r")[-1]
+    assert all(word in last for word in ("3/3", "loss=", "held out=", "tok/s=")), last
+
+
+def test_the_demo_tells_the_truth(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from headstart.tune import demo, docstrings
+
+    pairs = [pair for pair in docstrings.pairs() if len(pair.source) + len(pair.sentence) < 115][::5]
+    monkeypatch.setattr(docstrings, "pairs", lambda: pairs)
+    monkeypatch.setattr(docstrings, "QUESTION", "{source}\n#")  # The tiny model reads 128 bytes.
+    monkeypatch.setattr(demo, "_shown", lambda: pairs[:2])
+    monkeypatch.setattr(demo, "SETTINGS", {**demo.SETTINGS, "steps": 3, "max_length": 128, "eval_rows": 4})
+    monkeypatch.chdir(tmp_path)
+    finished = demo.run_demo(str(checkpoint))
+    shown = capsys.readouterr().out
+    assert finished.output == "demo-run"
+    assert "trainable params: " in shown
+    assert f"held-out loss {finished.held_out_before:.3f} → {finished.held_out_after:.3f}" in shown
+    assert f"loaded again with PEFT alone: held-out loss {finished.held_out_after:.3f}" in shown
+    assert shown.count("  before  ") == shown.count("  after   ") == 2
+    assert demo.run_demo(str(checkpoint)).output == "demo-run-2"
+
+
 # --- interruption
 
 
@@ -323,6 +352,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_folder(tmp_path / "new", fail)
     assert not list(tmp_path.iterdir())
+    (tmp_path / ".new.4194305").mkdir()  # of a process that was killed: no number is that high
     write_folder(tmp_path / "new", lambda folder: (folder / "whole").write_text("whole") and None)
     with pytest.raises(FileError, match="exists"):
         write_folder(tmp_path / "new", fail)
@@ -342,6 +372,8 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         ({"data": "gone.jsonl"}, DataError, "no data at"),
         ({"target_modules": "q_prj"}, NoTarget, "q_prj"),
         ({"r": 64, "init": "pissa"}, BadRank, "rank 64 does not fit"),
+        ({"target_modules": ["lm_head", "q_proj"]}, UnsupportedLayer, "take the head out of target_modules"),
+        ({"report_to": "wandbb"}, BadOption, "report_to names 'wandbb', which is not installed"),
         ({"resume": "gone"}, FileError, "is no checkpoint"),
     ],
 )

@@ -76,7 +76,7 @@ def tune(context: typer.Context) -> None:
 @app.command()
 def demo(
     model: Annotated[str, typer.Option(help=Model)] = "smollm2",
-    output: Annotated[str, typer.Option(help="Folder to write to.")] = "demo-run",
+    output: Annotated[str | None, typer.Option(help="Folder to write to; a new one where left out.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; all of them where left out.")] = None,
 ) -> None:
     """Teach SmolLM2 to write docstrings, from Python's own standard library, in minutes on a CPU."""

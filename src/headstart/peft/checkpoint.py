@@ -31,12 +31,12 @@ from headstart.files.checkpoint import OUTPUT, check_base, outputs_scaled, prove
 from headstart.lora.delta import plain_lora
 from headstart.lora.layers import Start
 from headstart.lora.report import InitReport
-from headstart.peft.layers import ShellAttention, ShellEmbedding, ShellLayer, ShellParameter, shell_layers
+from headstart.peft.layers import ParamWrapper, ShellAttention, ShellEmbedding, ShellLayer, shell_layers
 from headstart.peft.tuner import ShellTuner
 
 State = Mapping[str, Tensor]
 # Keys of PEFT's that are no extras: factors, and what PEFT wraps.
-_INNER = re.compile(r"\.lora_|\.anchor_|\.original_module\.|\.modules_to_save\.|\.bias$")
+_INNER = re.compile(r"\.lora_|\.anchor_|\.original_module\.|\.modules_to_save\.")
 
 
 def _tuner(model: PeftModel) -> ShellTuner:
@@ -59,7 +59,7 @@ def save(
         frozen={name: letters for name, layer in layers.items() if (letters := layer.frozen(adapter))},
         weights={name: layer.original for name, layer in layers.items()},
     )
-    names = {n: f"{plain_name(n)}.{m.parameter_name}" for n, m in layers.items() if isinstance(m, ShellParameter)}
+    names = {n: f"{plain_name(n)}.{m.parameter_name}" for n, m in layers.items() if isinstance(m, ParamWrapper)}
     names |= {f"{name}{OUTPUT}": plain_name(name) for name in attentions}
     fields = {**_fields(model, adapter), **scales(entries, names)}
     extras = _extras(model, adapter, embeddings, state)
@@ -109,7 +109,7 @@ def _extras(model: PeftModel, adapter: str, embeddings: Any, state: State) -> di
         model, state_dict=dict(state) or None, adapter_name=adapter, save_embedding_layers=embeddings
     )
     named = {key.removeprefix(PREFIX): value for key, value in found.items() if not _INNER.search(key)}
-    # PEFT's versions differ in the biases that they save.
+    # PEFT's versions differ in the biases that they train and save.
     biases = tuner.trained_biases() if cast(LoraConfig, model.peft_config[adapter]).bias != "none" else {}
     return {**named, **{name: state.get(f"{PREFIX}{name}", bias.detach()) for name, bias in biases.items()}}
 
@@ -139,7 +139,7 @@ def resume(model: PeftModel, adapter: str, path: Any) -> Any:
 
 def _start(layer: ShellLayer, file: AdapterFile, entry: Entry, adapter: str) -> Start:
     """What the file holds for a layer, checked against what the layer is."""
-    parameter = layer.parameter_name if isinstance(layer, ShellParameter) else "weight"
+    parameter = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
     target = target_of(entry, layer.get_base_layer(), parameter, file)
     start = start_of_entry(entry, target, file, 0.0)
     here, there = (layer.rank(adapter), layer.anchor(adapter) is not None), (start.rank, start.anchor is not None)

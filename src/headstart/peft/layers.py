@@ -6,7 +6,7 @@ is headstart's; the frozen weight is never written to; a merge is rounded once a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -23,6 +23,10 @@ from headstart.lora.layers.layer import Merged
 from headstart.lora.matrix import Layout
 
 Run = Callable[..., Any]
+ANCHORED = (
+    "has an anchored start, and PEFT knows how to mix factors, not anchors: save the adapter, "
+    "load it under another name, as plain LoRA of twice the rank, and mix that"
+)
 
 
 class ShellLayer(nn.Module):
@@ -142,29 +146,19 @@ class ShellLayer(nn.Module):
             raise AdapterState("this layer is merged, its factors would get no gradient: unmerge_adapter() first")
         if self.disable_adapters or self.merged:
             return super().forward(*args, **kwargs)
-        if mixed is not None:
-            self._refuse_anchored(mixed)
-            return super().forward(*args, **kwargs)
         present = [name for name in self.active_adapters if name in self.present()]
         run = type(self).run
-        if run is not None and len(present) == 1 and self._ours(present[0]):
+        if run is not None and len(present) == 1 and mixed is None and self._ours(present[0]):
             kwargs.pop("adapter_names", None)
             return run(self.base_layer, self.layout, self.branch(present[0]), *args, **kwargs)
-        if len(present) > 1:
-            self._refuse_anchored(present)
+        anchored = [name for name in (mixed or present) if self.anchor(name) is not None]
+        if anchored and (mixed or len(present) > 1):
+            raise AdapterState(f"{anchored[0]!r} {ANCHORED}")
         return super().forward(*args, **kwargs)
 
     def _ours(self, adapter: str) -> bool:
         """Whether the adapter is plain LoRA or DoRA, and not one of PEFT's variants of it."""
         return adapter not in self.lora_variant or bool(self.use_dora.get(adapter))
-
-    def _refuse_anchored(self, adapters: Sequence[str]) -> None:
-        anchored = {name for name in adapters if self.anchor(name) is not None}
-        if anchored:
-            raise AdapterState(
-                f"{', '.join(sorted(anchored))} has an anchored start, and several adapters are asked for at once: "
-                "save it and load it again, as plain LoRA of twice the rank"
-            )
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW as the weight is stored."""
@@ -275,8 +269,8 @@ class ShellAttention(ShellLayer, lora.layer.MultiheadAttention):
         return base
 
 
-class ShellParameter(ShellLayer, lora.layer.ParamWrapper):
-    """PEFT swaps the parameter in for the forward; the change it adds is ours."""
+class ParamWrapper(ShellLayer, lora.layer.ParamWrapper):
+    """A bare parameter, swapped in for the forward. PEFT asks for it by the name of its class, so it has PEFT's."""
 
     parameter_name: str
 
@@ -300,7 +294,7 @@ _SHELLS: dict[type[nn.Module], type[ShellLayer]] = {
     lora.layer.Conv1d: ShellConv1d,
     lora.layer.Conv2d: ShellConv2d,
     lora.layer.Conv3d: ShellConv3d,
-    lora.layer.ParamWrapper: ShellParameter,
+    lora.layer.ParamWrapper: ParamWrapper,
 }
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from headstart.errors import AdapterState, NonFiniteWeight
 from headstart.files.adapter import plain_name
 from headstart.lora.layers.encoder import Switch, switches
 from headstart.peft.inject import take_apart
-from headstart.peft.layers import ShellLayer, shell_layers
+from headstart.peft.layers import ANCHORED, ShellLayer, shell_layers
 
 
 class Originals:
@@ -134,14 +135,30 @@ class ShellTuner(lora.LoraModel):
             parameter.requires_grad_(flag)
         self._switch(off=False)
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Around a forward that mixes adapters within a batch. Should it fail, PEFT's hooks do not stay behind."""
+        mixed = kwargs.get("adapter_names")
+        self._refuse_anchored(set(mixed or ()))
+        hooks = [(module, set(module._forward_pre_hooks)) for module in self.modules()] if mixed else []
+        try:
+            with super()._enable_peft_forward_hooks(*args, **kwargs):
+                yield
+        finally:
+            for module, known in hooks:
+                for key in set(module._forward_pre_hooks) - known:
+                    module._forward_pre_hooks.pop(key)
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
         """Refuses anchored adapters: PEFT would combine the factors and forget the anchors."""
+        self._refuse_anchored(adapters)
+        super().add_weighted_adapter(adapters, *args, **kwargs)
+
+    def _refuse_anchored(self, adapters: Iterable[str]) -> None:
         for adapter in adapters:
             if any(layer.anchor(adapter) is not None for _, layer in shell_layers(self.model, adapter)):
-                raise AdapterState(
-                    f"{adapter!r} has an anchored start: save it, load it under another name, and combine that"
-                )
-        super().add_weighted_adapter(adapters, *args, **kwargs)
+                raise AdapterState(f"{adapter!r} {ANCHORED}")
 
     def _layers(self) -> list[ShellLayer]:
         return [module for module in self.model.modules() if isinstance(module, ShellLayer)]

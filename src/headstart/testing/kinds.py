@@ -41,6 +41,17 @@ class Both(nn.Module):
         return self.left(*args, **kwargs), self.right(*args, **kwargs)
 
 
+class One(nn.Module):
+    """One layer and no more."""
+
+    def __init__(self, make: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.left = make()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.left(*args, **kwargs)
+
+
 class Tied(nn.Module):
     """An embedding and a head that share one parameter, as in language models."""
 
@@ -113,10 +124,10 @@ def _attention(name: str, batch_first: bool, keywords: Callable[[], dict[str, An
     inputs = tuple(x if batch_first else x.transpose(0, 1) for x in ((query, key, value) if cross else (query,) * 3))
     return Kind(
         name=name,
-        make=lambda: Both(lambda: nn.MultiheadAttention(8, 2, batch_first=batch_first)),
+        make=lambda: One(lambda: nn.MultiheadAttention(8, 2, batch_first=batch_first)),
         inputs=lambda: inputs,
         keywords=keywords,
-        fields={"target_modules": ["left", "right"]},
+        fields={"target_modules": ["left"]},
     )
 
 

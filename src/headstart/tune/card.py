@@ -18,8 +18,8 @@ CARD = """---
 # {name}: LoRA on {base}
 
 Rank {config.r}, started with `{config.init}`, on `{targets}`; {finished.trainable:,} trainable parameters.
-Trained with [headstart](https://pypi.org/project/headstart/) {version} for {finished.steps} steps of \
-{rows} rows ({finished.tokens:,} tokens) of `{config.data}` at a peak learning rate of {config.learning_rate:g}.
+Trained with headstart {version} on `{config.data}`: {finished.steps} steps, {finished.tokens:,} tokens, \
+peak learning rate {config.learning_rate:g}.
 
 | loss, nats a token | |
 |---|---|
@@ -76,7 +76,6 @@ def write(config: RunConfig, source: Source, finished: Finished, start: str) -> 
         targets=targets,
         finished=finished,
         version=headstart.__version__,
-        rows=config.batch_size * config.gradient_accumulation,
         losses=_losses(finished),
         start=start,
         recipe=config.to_yaml(),

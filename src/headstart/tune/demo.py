@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,57 +28,69 @@ SETTINGS: dict[str, Any] = {
     "r": 16,
     "lora_alpha": 16,
     "use_rslora": True,
-    "dtype": "auto",
     "steps": 60,
-    "batch_size": 8,
+    "batch_size": 1,
+    "packing": True,  # about six functions a row, and no padding to compute on
+    "max_length": 512,
     "learning_rate": 1.5e-3,
     "warmup": 0.1,
-    "max_length": 256,
-    "eval_rows": 64,
-    "eval_every": 20,
-    "save_every": 20,
+    "eval_rows": 48,
+    "eval_every": 30,
+    "save_every": 30,
 }
 SHOWN = 4
 
 
 class Samples(TrainerCallback):
-    """Lets the model describe a few held-out functions before the first step and after the last."""
+    """Lets the base model, and after the last step the adapted one, describe a few held-out functions."""
 
-    def __init__(self, pairs: list[docstrings.Pair], tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, pairs: Sequence[docstrings.Pair], tokenizer: PreTrainedTokenizerBase) -> None:
         self.pairs, self.tokenizer = pairs, tokenizer
         self.before: list[str] = []
         self.after: list[str] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.before = [describe(model, self.tokenizer, pair) for pair in self.pairs]
+        with model.disable_adapter():  # Also in a resumed run, before means before the first step.
+            self.before = [describe(model, self.tokenizer, pair) for pair in self.pairs]
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.after = [describe(model, self.tokenizer, pair) for pair in self.pairs]
 
 
-def run_demo(model: str, output: str, threads: int | None = None) -> Finished:
+def run_demo(model: str, output: str | None = None, threads: int | None = None) -> Finished:
     """Train, show the model before and after, then load the adapter with PEFT alone and measure it again.
+
+    Args:
+        model: what `headstart tune --model` takes.
+        output: the folder; left out, `demo-run`, or `demo-run-2` where that is finished, and so on.
+        threads: of the CPU.
 
     Raises:
         HeadstartError: also if PEFT alone does not measure what was printed.
     """
-    config = resolve({**SETTINGS, "model": model, "output": output, "threads": threads})
+    config = resolve({**SETTINGS, "model": model, "output": output or _fresh_folder(), "threads": threads})
     source = models.find(model)
-    print(f"model: {source.name}")
-    place = models.unpacked(source)
-    samples = Samples(_shown(), models.tokenizer_of(place))
+    print(f"model: {source.name}{' (its GGUF is unpacked once: half a minute)' if source.gguf else ''}", flush=True)
+    source = models.unpacked(source)
+    samples = Samples(_shown(), models.tokenizer_of(source))
     finished = run(config, watchers=[samples])
     for pair, before, after in zip(samples.pairs, samples.before, samples.after, strict=True):
-        print(f"\n{textwrap.indent(pair.source, '    ')}")
+        print(f"\n{textwrap.indent(pair.source, '    ')}\n")
         print(f"  before  {before}\n  after   {after}\n  Python  {pair.sentence}")
     print(f"\n{finished}")
-    again = measured_by_peft(config, place)
+    again = measured_by_peft(config, source)
     print(f"loaded again with PEFT alone: held-out loss {again:.3f}")
     if finished.held_out_after is None or abs(again - finished.held_out_after) > 0.01 * again:
         raise HeadstartError(
             f"PEFT measures {again:.4f}, training measured {finished.held_out_after}: please report it"
         )
+    print(f"your own data: headstart tune --model {model} --data FILE.jsonl")
     return finished
+
+
+def _fresh_folder() -> str:
+    names = (f"demo-run{suffix}" for suffix in chain([""], (f"-{number}" for number in count(2))))
+    return next(name for name in names if not Folder(Path(name)).adapter.exists())
 
 
 def measured_by_peft(config: RunConfig, source: models.Source) -> float:
@@ -83,9 +98,11 @@ def measured_by_peft(config: RunConfig, source: models.Source) -> float:
     from peft import PeftModel
 
     tokenizer = models.tokenizer_of(source)
-    base = models.load(source, config.dtype)
+    base = models.load(source, Folder(Path(config.output)).recorded().dtype)
     model = PeftModel.from_pretrained(base, str(Folder(Path(config.output)).adapter))
-    return float(build_trainer(model, tokenizer, data.prepare(config, tokenizer), config).evaluate()["eval_loss"])
+    rows = data.prepare(config, tokenizer)
+    rows = replace(rows, train=rows.train.select(range(1)))  # The trainer wants some, and only evaluates.
+    return float(build_trainer(model, tokenizer, rows, config).evaluate()["eval_loss"])
 
 
 def _shown() -> list[docstrings.Pair]:

@@ -9,6 +9,7 @@ adapter/        PEFT's format and a model card; written last, so that its presen
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
@@ -35,6 +36,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     if path.exists():
         raise FileError(f"{str(path)!r} exists: choose another name, or delete it first")
     path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.mkdir()
     try:
@@ -45,6 +47,16 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sweep(path: Path) -> None:
+    """Delete what a process that was killed in `write_folder` has left."""
+    import psutil  # type: ignore[import-untyped]
+
+    for orphan in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        owner = orphan.name.rpartition(".")[2]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(orphan, ignore_errors=True)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ def plot_losses(lines: Sequence[Mapping[str, Any]], path: Path, title: str = "")
         path: where the picture goes, whole or not at all.
     """
     from matplotlib.figure import Figure  # Figure alone has no window and no global state.
+    from matplotlib.ticker import MaxNLocator
 
     trained = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     held_out = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
@@ -35,7 +36,7 @@ def plot_losses(lines: Sequence[Mapping[str, Any]], path: Path, title: str = "")
     axes.set(xlabel="step", ylabel="loss, nats a token", title=title)
     axes.grid(axis="y", color=GRID, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, labelcolor="linecolor", handlelength=1.2)
     write_files(path.parent, {path.name: lambda fresh: figure.savefig(fresh, format="png")})
 

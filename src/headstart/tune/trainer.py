@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from datasets import Dataset
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PrinterCallback
+from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig, SFTTrainer
 
-from headstart.errors import DataError
+from headstart.errors import BadOption, DataError, UnsupportedLayer
 from headstart.tune import data
 from headstart.tune.folder import Folder
 from headstart.tune.recipe import RunConfig
@@ -40,7 +42,12 @@ def build_trainer(
     config: RunConfig,
     resuming: bool = False,
 ) -> Trainer:
-    """TRL's trainer for this run, with our progress instead of its own."""
+    """TRL's trainer for this run, with our progress instead of its own.
+
+    Raises:
+        UnsupportedLayer, BadOption, DataError: where TRL cannot train this.
+    """
+    _check(model, config)
     evaluates = rows.held_out is not None
     arguments = SFTConfig(
         output_dir=str(Folder(Path(config.output)).checkpoints),
@@ -84,9 +91,22 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)
     prepared = len(cast(Dataset, trainer.train_dataset))
     trainer.left_out = 0 if config.packing else len(rows.train) - prepared
-    if prepared == 0:
+    if prepared == 0 or (evaluates and len(cast(Dataset, trainer.eval_dataset)) == 0):
         raise DataError(f"no row has a token to learn within max_length={config.max_length}: raise --max-length")
     return trainer
+
+
+def _check(model: PeftModel, config: RunConfig) -> None:
+    """Refuse in our words, and before anything is written, what TRL and transformers would refuse."""
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        raise UnsupportedLayer(
+            "TRL reads the head's weight past its adapter, which would never train: take the head out of "
+            "target_modules, or put it into modules_to_save"
+        )
+    trackers = [config.report_to] if isinstance(config.report_to, str) else config.report_to
+    installed = get_available_reporting_integrations()
+    for name in set(trackers) - {"none", "all", *installed}:
+        raise BadOption(f"report_to names {name!r}, which is not installed here (there is: {', '.join(installed)})")
 
 
 def trainable_line(model: PeftModel) -> str:
