@@ -382,8 +382,26 @@ def test_a_run_that_cannot_start_writes_nothing(
 ) -> None:
     with pytest.raises(error, match=message):
         tune(recipe(**fields))
-    left = {path.name for path in (tmp_path / "run").iterdir()} if (tmp_path / "run").exists() else set()
-    assert left <= {".lock"}
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_that_is_too_small_is_told_before_training(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 10, 100_000))
+    with pytest.raises(FileError, match=r"has 0.00 GB left, the run writes 0.00 GB"):
+        run(recipe(), SILENT)
+
+
+def test_a_checkpoint_of_another_folder_may_be_gone_on_from(recipe: Any, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        run(recipe(), SILENT, [AtStep(2, lambda: os.kill(os.getpid(), signal.SIGINT))])
+    checkpoint = str(tmp_path / "run" / "checkpoints" / "checkpoint-2")
+    finished = run(recipe(output=str(tmp_path / "other"), resume=checkpoint, steps=8, log_every=50), SILENT)
+    assert (finished.steps, finished.held_out_before, finished.loss) == (8, None, None)
+    assert Folder(tmp_path / "other").recorded().resume is None
 
 
 def test_a_folder_that_is_no_model_is_told_apart(tmp_path: Path) -> None:

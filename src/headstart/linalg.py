@@ -301,8 +301,9 @@ def _holds(certificate: Certificate, tolerance: float) -> bool:
 def _start(matrix: _Matrix, k: int, generator: torch.Generator) -> Tensor:
     """Orthonormal random rows, as many as one block of the iteration."""
     width = min(16 if k <= 24 else 32, max(1, matrix.short // 4))
-    start = torch.randn(matrix.short, width, generator=generator, dtype=torch.float64)
-    return torch.linalg.qr(start)[0].t().to(matrix.dtype).to(matrix.device).contiguous()
+    noise = torch.randn(matrix.short, width, generator=generator, dtype=torch.float64)
+    start: Tensor = torch.linalg.qr(noise)[0]
+    return start.t().to(matrix.dtype).to(matrix.device).contiguous()
 
 
 class _Lanczos:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,8 +72,21 @@ def save(model: nn.Module, path: str | Path, *, rank: int | None = None) -> dict
     entries = outputs_scaled({name: entry for name, (entry, _) in found.items()}, _attentions(layers), 0.5)
     config = {**_fields(adapter, layers), **scales(entries, _pattern_names(layers))}
     origin = _provenance(adapter.report, layers, truncated=rank is not None)
+    if misread := [name for name, layer in layers.items() if _is_misread(frozen_module(layer))]:
+        warnings.warn(
+            f"PEFT ignores dilation and padding_mode: it will compute something else for {few(misread)}. "
+            "Load this adapter with headstart, or merge it",
+            stacklevel=2,
+        )
     write_adapter(Path(path), entries, config, _extras(adapter), origin, {REPORT: adapter.report.to_json()})
     return dropped if rank is not None else {}
+
+
+def _is_misread(module: nn.Module) -> bool:
+    """Whether PEFT's own layer would convolve otherwise than the frozen one does."""
+    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return False
+    return module.padding_mode != "zeros" or any(step != 1 for step in module.dilation)
 
 
 def _entry(name: str, layer: LoraLayer, rank: int | None) -> tuple[Entry, float]:

@@ -83,10 +83,12 @@ def write(config: RunConfig, source: Source, finished: Finished, start: str) -> 
 
 
 def _losses(finished: Finished) -> str:
-    rows = [("training, last step", finished.loss)]
-    if finished.held_out_before is not None and finished.held_out_after is not None:
-        rows += [("held out, before", finished.held_out_before), ("held out, after", finished.held_out_after)]
-    return "\n".join(f"| {name} | {loss:.4f} |" for name, loss in rows)
+    rows = {
+        "training, last step": finished.loss,
+        "held out, before": finished.held_out_before,
+        "held out, after": finished.held_out_after,
+    }
+    return "\n".join(f"| {name} | {loss:.4f} |" for name, loss in rows.items() if loss is not None)
 
 
 def _is_hub_dataset(data: str) -> bool:

@@ -31,20 +31,22 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     """Make a folder in one step: `fill` writes into a temporary one, which then takes the name.
 
     Raises:
-        FileError: if something has that name already.
+        FileError: if something has that name already, or the disk does not take it.
     """
     if path.exists():
         raise FileError(f"{str(path)!r} exists: choose another name, or delete it first")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.mkdir()
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
+        temporary.mkdir()
         fill(temporary)
         for file in filter(Path.is_file, temporary.rglob("*")):
             with file.open("rb+") as handle:
                 os.fsync(handle.fileno())
         os.replace(temporary, path)
+    except OSError as problem:
+        raise FileError(f"cannot write {str(path)!r}: {problem}") from problem
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -148,6 +150,18 @@ class Folder:
             yield
         finally:
             lock.release()
+            if os.listdir(self.path) == [".lock"]:  # Refused before anything was written.
+                shutil.rmtree(self.path)
+
+    def check_space(self, size: int) -> None:
+        """Refuse now what would fail when the run is done.
+
+        Raises:
+            FileError: if the disk has fewer bytes left.
+        """
+        free = shutil.disk_usage(self.path).free
+        if size > free:
+            raise FileError(f"{str(self.path)!r} has {free / 1e9:.2f} GB left, the run writes {size / 1e9:.2f} GB")
 
     def rewind_metrics(self, step: int) -> None:
         """Drop the lines after a checkpoint's step: a resumed run writes them again."""

@@ -39,7 +39,7 @@ class Finished:
     Attributes:
         output: its folder; steps: all of them, also those before an interruption.
         trainable, total: parameters.
-        loss: of the last log; held_out_before, held_out_after: where there was held-out data.
+        loss: of the last log; held_out_before, held_out_after: at step 0 and at the end, where data was held out.
         seconds, tokens: of training; evaluation is not counted.
     """
 
@@ -47,7 +47,7 @@ class Finished:
     steps: int
     trainable: int
     total: int
-    loss: float
+    loss: float | None
     held_out_before: float | None
     held_out_after: float | None
     seconds: float
@@ -56,8 +56,9 @@ class Finished:
     def __str__(self) -> str:
         rate = self.tokens / self.seconds if self.seconds else 0.0
         lines = [f"{self.steps} steps, {self.tokens:,} tokens in {self.seconds:.0f} s: {rate:,.0f} tokens/s"]
-        if self.held_out_before is not None:
-            lines.append(f"held-out loss {self.held_out_before:.3f} → {self.held_out_after:.3f}")
+        if self.held_out_after is not None:
+            before = "" if self.held_out_before is None else f"{self.held_out_before:.3f} → "
+            lines.append(f"held-out loss {before}{self.held_out_after:.3f}")
         names = ("adapter/", "run.yaml", "metrics.jsonl", "loss.png")
         return "\n".join([*lines, "wrote " + "  ".join(str(Path(self.output)) + "/" + name for name in names)])
 
@@ -78,7 +79,8 @@ def run(config: RunConfig, say: Say = print, watchers: Sequence[TrainerCallback]
     lora = LoraConfig(**config.lora(), task_type="CAUSAL_LM")
     source = models.find(config.model)
     checkpoint = folder.start(config)
-    dtype = folder.recorded().dtype if checkpoint and config.dtype == "auto" else config.dtype
+    goes_on = checkpoint is not None and config.resume is None
+    dtype = folder.recorded().dtype if goes_on and config.dtype == "auto" else config.dtype
     config = config.model_copy(update={"dtype": models.trained_dtype(source, dtype)})
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -89,6 +91,8 @@ def run(config: RunConfig, say: Say = print, watchers: Sequence[TrainerCallback]
         say(f"data: {config.data}: {rows}")
         model = get_peft_model(models.load(source, config.dtype), lora)
         say(trainable_line(model))
+        if is_main:
+            folder.check_space(_size_of(model))
         trainer = build_trainer(model, tokenizer, rows, config, resuming=checkpoint is not None)
         if missing := trainer.left_out:
             say(f"{missing} rows are left out: their prompt alone fills max_length={config.max_length}")
@@ -106,6 +110,11 @@ def run(config: RunConfig, say: Say = print, watchers: Sequence[TrainerCallback]
 def _ingredients(config: RunConfig, source: models.Source) -> tuple[PreTrainedTokenizerBase, data.Rows]:
     tokenizer = models.tokenizer_of(models.unpacked(source))
     return tokenizer, data.prepare(config, tokenizer)
+
+
+def _size_of(model: ShellModel) -> int:
+    """Bytes of two checkpoints with Adam's moments, and of an adapter, all of which may carry anchors."""
+    return 4 * (2 * (2 + 2) + 2) * model.get_nb_trainable_parameters()[0]
 
 
 def _train(
@@ -130,7 +139,8 @@ def _train(
 def _begin(folder: Folder, config: RunConfig, checkpoint: Path | None) -> None:
     """Write the resolved config, and keep of the metrics what the checkpoint knows."""
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1
-    write_text(folder.recipe, config.to_yaml(f"headstart {headstart.__version__}: headstart tune --config run.yaml"))
+    kept = config.model_copy(update={"resume": None})  # Or the next interruption would go on from the same place.
+    write_text(folder.recipe, kept.to_yaml(f"headstart {headstart.__version__}: headstart tune --config run.yaml"))
     folder.rewind_metrics(step)
 
 
@@ -141,16 +151,16 @@ def _evaluated_last(trainer: Trainer) -> bool:
 def _finished(trainer: Trainer, recorder: Recorder, config: RunConfig) -> Finished:
     lines = read_metrics(recorder.folder.metrics) if trainer.is_world_process_zero() else trainer.state.log_history
     losses = [line["loss"] for line in lines if "loss" in line]
-    held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    held_out = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
     trainable, total = trainer.accelerator.unwrap_model(trainer.model).get_nb_trainable_parameters()
     return Finished(
         output=config.output,
         steps=trainer.state.global_step,
         trainable=trainable,
         total=total,
-        loss=losses[-1],
-        held_out_before=held_out[0] if held_out else None,
-        held_out_after=held_out[-1] if held_out else None,
+        loss=losses[-1] if losses else None,
+        held_out_before=held_out.get(0),
+        held_out_after=held_out.get(trainer.state.global_step),
         seconds=round(recorder.seconds, 1),
         tokens=recorder.tokens,
     )

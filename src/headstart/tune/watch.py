@@ -56,8 +56,16 @@ class Recorder(TrainerCallback):
         self.seconds += time.perf_counter() - self._began
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero:
-            return
+        if state.is_world_process_zero:
+            self._record(state.global_step, logs)
+        loss = logs.get("loss", logs.get("eval_loss", 0.0))
+        if not math.isfinite(loss):
+            raise Diverged(
+                f"the loss is {loss} at step {state.global_step}: lower --learning-rate (now {args.learning_rate:g}), "
+                "or try --dtype float32"
+            )
+
+    def _record(self, step: int, logs: dict[str, Any]) -> None:
         logs.pop("total_flos", None)
         if "num_tokens" in logs and "loss" in logs:  # TRL counts from zero in a resumed run.
             self.tokens = self._earlier + int(logs["num_tokens"])
@@ -66,13 +74,7 @@ class Recorder(TrainerCallback):
             logs["tokens_per_second"] = round((self.tokens - tokens) / max(self.seconds - seconds, 1e-9), 1)
             self._logged = self.seconds, self.tokens
         with self.folder.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-        loss = logs.get("loss", logs.get("eval_loss", 0.0))
-        if not math.isfinite(loss):
-            raise Diverged(
-                f"the loss is {loss} at step {state.global_step}: lower --learning-rate (now {args.learning_rate:g}), "
-                "or try --dtype float32"
-            )
+            file.write(json.dumps({"step": step, **logs}) + "\n")
 
 
 class Progress(ProgressCallback):
@@ -106,19 +108,21 @@ class Progress(ProgressCallback):
 
 
 class Lines(TrainerCallback):
-    """The same for a log file: twenty lines a run, and one for each evaluation."""
+    """The same for a log file: about twenty lines a run, and one for each evaluation."""
+
+    def __init__(self) -> None:
+        self._next = 0
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
-        here = f"step {state.global_step}/{state.max_steps}"
-        every = max(1, state.max_steps // 20)
+        text = f"step {state.global_step}/{state.max_steps}"
         if "eval_loss" in logs:
-            print(f"{here}  held out {logs['eval_loss']:.3f}", file=sys.stderr, flush=True)
-        elif "loss" in logs and state.global_step % every == 0:
-            print(
-                f"{here}  loss {logs['loss']:.3f}  {logs['tokens_per_second']:.0f} tok/s", file=sys.stderr, flush=True
-            )
+            print(f"{text}  held out {logs['eval_loss']:.3f}", file=sys.stderr, flush=True)
+        elif "loss" in logs and state.global_step >= self._next:
+            self._next = state.global_step + max(1, state.max_steps // 20)
+            text += f"  loss {logs['loss']:.3f}  {logs['tokens_per_second']:.0f} tok/s"
+            print(text, file=sys.stderr, flush=True)
 
 
 class Interruption(TrainerCallback):
