@@ -451,6 +451,54 @@ def test_autocast_decides_the_dtype(given, weight, device):
         assert_close(outside[name], gradient)
 
 
+def test_autocast_leaves_float64_alone(device):
+    made = layer(torch.float64, device, anchored=True)
+    x = tokens(made, 3)
+    with torch.autocast(device.type, torch.bfloat16):
+        y = made(x)
+    assert error(y, made.oracle(x)) < TOLERANCE[torch.float64]
+
+
+def test_a_weight_of_another_class_is_left_to_its_own_product():
+    """Quantised and distributed weights are subclasses of Tensor, and know F.linear."""
+    called = []
+
+    class Stored(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.append(function)
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    made = layer(anchored=True)
+    x = tokens(made, 3)
+    y = replace(made, W=made.W.as_subclass(Stored))(x)
+    assert F.linear in called
+    assert torch.mm not in called
+    assert_close(y.as_subclass(torch.Tensor), made.oracle(x))
+
+
+@pytest.mark.parametrize("options", KINDS)
+def test_meta_tensors_go_through(options):
+    assert layer(device="meta", **options)(torch.empty(2, 3, 20, device="meta"), 0.1).shape == (2, 3, 24)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5])
+def test_a_default_device_or_dtype_changes_nothing(p):
+    made = layer(torch.bfloat16, dora=True)
+    x = tokens(made, 40)
+    torch.manual_seed(3)
+    y = made(x, p)
+    torch.manual_seed(3)
+    with torch.device("meta"):
+        torch.set_default_dtype(torch.float64)
+        try:
+            z = made(x, p)
+            z.sum().backward()
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert torch.equal(y, z)
+
+
 # --- A layer that computes its own output ----------------------------------------------------------------------------
 
 

@@ -97,6 +97,7 @@ def _inject(
     with injection(model, injected):
         wrapped = peft.get_peft_model(model, injected, adapter_name=adapter_name)
         enter(model, adapter_name, starts)
+    injected.base_model_name_or_path = injected.base_model_name_or_path or None  # 0.18 looks for the hub's ""
     shell = exchange(wrapped, adapter_name, report, originals)
     shell.base_model.settle(biases, trainable=not inference)
     return shell

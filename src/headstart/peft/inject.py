@@ -26,6 +26,7 @@ _UNTRUE = (
     "Model has `tie_word_embeddings=True`",  # the shared weight is not written to
     "The following rank_pattern keys did not match",  # they name parameters, which PEFT does not look at
     "The following alpha_pattern keys did not match",
+    "Unsupported layer type",  # 0.18, of modules whose parameters are adapted
 )
 
 

@@ -134,6 +134,7 @@ class ShellTuner(lora.LoraModel):
         for parameter, flag in self.originals.flags:
             parameter.requires_grad_(flag)
         self._switch(off=False)
+        self.model.__dict__.pop("peft_config", None)  # which 0.18 leaves behind
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
