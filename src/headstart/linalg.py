@@ -300,7 +300,7 @@ def _holds(certificate: Certificate, tolerance: float) -> bool:
 
 def _start(matrix: _Matrix, k: int, generator: torch.Generator) -> Tensor:
     """Orthonormal random rows, as many as one block of the iteration."""
-    width = min(16 if k <= 24 else 32, max(1, matrix.short // 4))
+    width = min(16 if k <= 24 or matrix.short <= 1024 else 32, max(1, matrix.short // 4))
     noise = torch.randn(matrix.short, width, generator=generator, dtype=torch.float64)
     start: Tensor = torch.linalg.qr(noise)[0]
     return start.t().to(matrix.dtype).to(matrix.device).contiguous()

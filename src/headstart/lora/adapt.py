@@ -71,16 +71,21 @@ class Adapter:
         """Within this context the model is the base model, to the bit."""
         switches = [m for m in self.model.modules() if isinstance(m, LoraLayer | TrainedModule)]
         before = [module.enabled for module in switches]
+        merged = [(layer, layer.weight_parameter.data) for layer in self.layers().values() if layer.merged]
         trained = {name: parameter.detach().clone() for name, (parameter, _) in self.biases.items()}
         try:
             for module in switches:
                 module.enabled = False
+            for layer, _ in merged:
+                layer.unmerge()
             self._switch(off=False)
             self._set_biases({name: original for name, (_, original) in self.biases.items()})
             yield self.model
         finally:
             for module, enabled in zip(switches, before, strict=True):
                 module.enabled = enabled
+            for layer, weight in merged:
+                layer.merge(weight)
             self._switch(off=True)
             self._set_biases(trained)
 
@@ -225,16 +230,20 @@ def install(
     adapter.flags = [(p, p.requires_grad) for p in model.parameters()]
     adapter.biases = {n: (p, p.detach().clone()) for n, p in trained_biases(model, starts, config).items()}
     trained = {id(p) for p, _ in adapter.biases.values()}
-    for holders, base, layer in wrapped:
-        adapter.holders.append((holders, base))
-        for parent, leaf in holders:
-            parent._modules[leaf] = layer
-    adapter.switches = list(switches(model))
-    adapter._switch(off=True)
-    for parameter, _ in adapter.flags:
-        if id(parameter) not in own:
-            parameter.requires_grad_(id(parameter) in trained)
-    model.__dict__[_KEY] = adapter
+    try:
+        for holders, base, layer in wrapped:
+            adapter.holders.append((holders, base))
+            for parent, leaf in holders:
+                parent._modules[leaf] = layer
+        adapter.switches = list(switches(model))
+        adapter._switch(off=True)
+        for parameter, _ in adapter.flags:
+            if id(parameter) not in own:
+                parameter.requires_grad_(id(parameter) in trained)
+        model.__dict__[_KEY] = adapter
+    except BaseException:  # an interrupt, between two of these lines
+        _take_out(adapter, keep_trained=False)
+        raise
     return adapter
 
 
@@ -418,4 +427,4 @@ def _take_out(adapter: Adapter, keep_trained: bool) -> None:
     for parameter, flag in adapter.flags:
         parameter.requires_grad_(flag)
     adapter._switch(off=False)
-    del adapter.model.__dict__[_KEY]
+    adapter.model.__dict__.pop(_KEY, None)

@@ -221,6 +221,8 @@ def layout(module: nn.Module, parameter: str = "weight", parts: Sequence[object]
     if isinstance(module, nn.MultiheadAttention):
         if not module._qkv_same_embed_dim:
             raise UnsupportedLayer("attention with separate key or value widths has no single input projection")
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+            raise UnsupportedLayer("an adapted attention is not called itself, so its hooks would be lost: remove them")
         return Layout()
     if isinstance(module, nn.Embedding):
         return Layout(transposed=True, kind="embedding")

@@ -56,4 +56,6 @@ def _is_plain(base: nn.Module) -> bool:
     """Whether calling the module is no more than a product with its weight."""
     if type(base) is not nn.Linear and type(base) is not _OutProjection and not matrix.is_conv1d(base):
         return False
+    if "forward" in base.__dict__:  # accelerate's, which fetches an offloaded weight
+        return False
     return not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
