@@ -44,7 +44,7 @@ def step(model: nn.Module, ids: Tensor) -> None:
 
 
 def step_emulated(model: nn.Module, ids: Tensor) -> None:
-    with mock.patch.object(branch, "_emulated", lambda dtype: False):
+    with mock.patch.object(branch, "_emulated", return_value=False):
         step(model, ids)
 
 

@@ -214,6 +214,15 @@ class Bypassed(Native):
         return model
 
 
+class Unhooked(Native):
+    """Calls no hooks."""
+
+    def adapt(self, model: nn.Module, config: LoraConfig) -> nn.Module:
+        for module in model.modules():
+            module._forward_hooks.clear()
+        return super().adapt(model, config)
+
+
 class Enabled(Native):
     """Disables nothing."""
 
@@ -275,6 +284,7 @@ BROKEN_SHELLS = [
     (laws.only_the_adapter_trains, Thawed, "linear"),
     (laws.only_the_adapter_trains, Destructive, "linear"),
     (laws.every_mode_computes_the_branch, Bypassed, "encoder_linear"),
+    (laws.hooks_are_still_called, Unhooked, "linear"),
     (laws.disabled_is_the_base, Enabled, "linear"),
     (laws.disabled_is_the_base, Destructive, "linear"),
     (laws.removed_is_the_base, Forgetful, "linear"),

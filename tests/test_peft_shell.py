@@ -315,7 +315,9 @@ def test_modules_that_train_in_full_go_along(bert: Callable[[], Any], tmp_path: 
         torch.testing.assert_close(model(ids).logits, base, rtol=0, atol=1e-6)
     assert torch.equal(model.merge_and_unload()(ids).logits.argmax(-1), wanted.argmax(-1))
     plain = peft.get_peft_model(bert(), peft.LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS"))
-    plain.save_pretrained(tmp_path / "plain")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain.save_pretrained(str(tmp_path / "plain"))
     assert torch.equal(from_pretrained(bert(), tmp_path / "plain")(ids).logits, plain.eval()(ids).logits)
 
 
@@ -404,6 +406,8 @@ def test_a_merged_layer_is_not_trained() -> None:
 @pytest.mark.parametrize("kind", ["linear", "linear_dora", "embedding", "conv2d", "attention", "experts", "tied"])
 def test_a_second_adapter_does_not_disturb_the_first(kind: str) -> None:
     """PEFT's own PiSSA takes the base apart anew and leaves the first adapter wrong by a quarter."""
+    if kind == "experts" and Version("0.20") > PEFT:
+        pytest.skip("this PEFT adapts parameters once")
     case = case_of(kind)
     model: Any = train(case, get_peft_model(case.model(), case.config))
     first, base = case.outputs(model), frozen_outputs(case)
@@ -498,7 +502,8 @@ def test_a_failing_injection_leaves_the_model_untouched(kind: str, monkeypatch: 
     base = case.model()
     next(base.parameters()).requires_grad_(False)
     next(base.children()).train()
-    handle = next(base.children()).register_forward_hook(lambda *_: None)
+    hooked = base if isinstance(next(base.children()), nn.MultiheadAttention) else next(base.children())
+    handle = hooked.register_forward_hook(lambda *_: None)
     before = fingerprint(base)
     for place, name in ((peft.tuners.lora.LoraModel, "_replace_module"), (ShellLayer, "enter")):
         calls = itertools.count()

@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 # Rows of X and of W that are copied to float32 at a time (`_multiply_wide`).
@@ -111,8 +112,12 @@ def add_branch(
 
 
 def _ordinary(*tensors: Tensor) -> bool:
-    """Whether they hold plain memory: no compiler's, and of no subclass that only F.linear knows how to multiply."""
-    return not torch.compiler.is_compiling() and all(type(t.detach()) is Tensor and not t.is_meta for t in tensors)
+    """Whether they hold plain memory: no compiler's, and of no subclass that only F.linear knows how to multiply.
+
+    FakeTensor counts as plain: whoever traces what a step keeps wants to see what a real one would.
+    """
+    plain = (Tensor, FakeTensor)
+    return not torch.compiler.is_compiling() and all(type(t.detach()) in plain and not t.is_meta for t in tensors)
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:

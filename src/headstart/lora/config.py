@@ -171,6 +171,9 @@ class LoraConfig:
             names = value if several else [value] if name in _EXPRESSIONS else [None]
             if not all(isinstance(one, str) for one in names):
                 raise BadOption(f"{name} is {value!r}: choose a list of names")
+        for name in ("use_rslora", "use_dora", "clip_rank"):
+            if not isinstance(vars(self)[name], bool):  # "false" is true
+                raise BadOption(f"{name} is {vars(self)[name]!r}: choose True or False")
 
 
 def check_rank(name: str, rank: object) -> None:

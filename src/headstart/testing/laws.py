@@ -10,7 +10,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
-from headstart.errors import HeadstartError, NonFiniteWeight
+from headstart.errors import HeadstartError, NonFiniteWeight, UnsupportedLayer
 from headstart.inits import strategy as registry
 from headstart.lora import adapt as lora
 from headstart.lora import matrix
@@ -202,6 +202,20 @@ def every_mode_computes_the_branch(case: Case) -> None:
         same(case.outputs(adapted), wanted, rounding(case, 8), "evaluation under inference_mode")
 
 
+def hooks_are_still_called(case: Case) -> None:
+    """Whoever hooked a layer before it was adapted goes on seeing what it puts out, or the layer is refused."""
+    model = case.model()
+    seen: list[str] = []
+    for target in targets(model, case.config):
+        target.module.register_forward_hook(lambda *_, name=target.name: seen.append(name))
+    try:
+        adapted = case.shell.adapt(model, case.config)
+    except UnsupportedLayer:
+        return
+    case.outputs(adapted)
+    assert set(seen) == {target.name for target in targets(case.model(), case.config)}, "hooks are no longer called"
+
+
 def disabled_is_the_base(case: Case) -> None:
     # Frozen, because torch chooses some of its kernels by whether a weight requires a gradient.
     adapted, wanted = case.trained, case.outputs(case.model().requires_grad_(False))
@@ -283,6 +297,7 @@ MODEL_LAWS: tuple[Law, ...] = (
     the_function_is_kept_at_step_zero,
     only_the_adapter_trains,
     every_mode_computes_the_branch,
+    hooks_are_still_called,
     disabled_is_the_base,
     removed_is_the_base,
     merged_computes_the_same,
