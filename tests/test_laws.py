@@ -26,7 +26,20 @@ from headstart.inits.strategy import Factors, Strategy
 from headstart.lora.adapt import adapter_of
 from headstart.lora.config import LoraConfig
 from headstart.lora.layers import lora_layers
-from headstart.testing import KINDS, LAWS, MODEL_LAWS, NATIVE, PEFT, Case, Law, Native, check_strategy, laws, violations
+from headstart.testing import (
+    KINDS,
+    LAWS,
+    MODEL_LAWS,
+    NATIVE,
+    PEFT,
+    Case,
+    Law,
+    Native,
+    check_strategy,
+    fingerprint,
+    laws,
+    violations,
+)
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*shared a weight with other modules", "ignore:The PyTorch API of nested tensors"
@@ -330,6 +343,57 @@ def test_the_laws_cannot_see_which_directions_a_start_takes() -> None:
 
 def test_every_law_has_a_break() -> None:
     assert {law for law, *_ in (*BROKEN_STARTS, *BROKEN_SHELLS)} == set(LAWS)
+
+
+# ------------------------------------------------------------------ moments that no law reaches
+
+
+@pytest.fixture
+def case() -> Case:
+    return Case("random", KINDS["linear"])
+
+
+def test_a_forward_that_somebody_replaced_is_still_called(case: Case) -> None:
+    """As accelerate replaces it, to fetch an offloaded weight."""
+    model: Any = case.model()
+    called, own = [], model.left.forward
+    model.left.forward = lambda x: (called.append(x.shape), own(x))[1]
+    wanted = case.outputs(case.adapted())
+    for a, b in zip(case.outputs(NATIVE.adapt(model, case.config)), wanted, strict=True):
+        torch.testing.assert_close(a, b)
+    assert called
+
+
+def test_disabled_is_the_base_while_merged_too(case: Case) -> None:
+    base, adapted = case.model().requires_grad_(False), case.adapted()
+    NATIVE.merge(adapted)
+    merged = case.outputs(adapted)
+    with NATIVE.disabled(adapted):
+        assert all(map(torch.equal, case.outputs(adapted), case.outputs(base)))
+    assert all(map(torch.equal, case.outputs(adapted), merged))
+
+
+def test_an_interrupt_in_the_commit_leaves_the_model_alone(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    freeze = torch.Tensor.requires_grad_
+    for moment in itertools.count(1):
+        left, model = itertools.count(1), case.model()
+        before = fingerprint(model)
+
+        def interrupted(tensor: Any, *flag: bool, left: Any = left, moment: int = moment) -> Any:
+            if next(left) == moment:
+                raise KeyboardInterrupt
+            return freeze(tensor, *flag)
+
+        monkeypatch.setattr(torch.Tensor, "requires_grad_", interrupted)
+        try:
+            NATIVE.adapt(model, case.config)
+        except KeyboardInterrupt:
+            assert fingerprint(model) == before
+        else:
+            break
+        finally:
+            monkeypatch.undo()
+    assert moment > 4
 
 
 # ------------------------------------------------------------------ check_strategy

@@ -6,12 +6,11 @@ Each law is stated over every kind of layer that PEFT has; `native` is `headstar
 from __future__ import annotations
 
 import copy
-import itertools
 import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -496,26 +495,25 @@ def test_what_would_forget_the_anchors_is_refused(tmp_path: Path) -> None:
 # ------------------------------------------------------------------ a failure leaves no trace
 
 
+def interrupted_after(function: Callable[..., Any]) -> Callable[..., None]:
+    def halfway(*args: Any, **kwargs: Any) -> None:
+        function(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    return halfway
+
+
 @pytest.mark.parametrize("kind", ["linear", "linear_dora", "embedding", "attention", "encoder", "experts", "tied"])
 def test_a_failing_injection_leaves_the_model_untouched(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = case_of(kind, bias="lora_only")
     base = case.model()
     next(base.parameters()).requires_grad_(False)
     next(base.children()).train()
-    hooked = base if isinstance(next(base.children()), nn.MultiheadAttention) else next(base.children())
-    handle = hooked.register_forward_hook(lambda *_: None)
+    handle = base.register_forward_hook(lambda *_: None)
     before = fingerprint(base)
     for place, name in ((peft.tuners.lora.LoraModel, "_replace_module"), (ShellLayer, "enter")):
-        calls = itertools.count()
-        true = getattr(place, name)
-
-        def fails(*args: Any, calls: Iterator[int] = calls, true: Callable[..., Any] = true, **kwargs: Any) -> Any:
-            if next(calls) == 1:
-                raise KeyboardInterrupt
-            return true(*args, **kwargs)
-
         with monkeypatch.context() as patch:
-            patch.setattr(place, name, fails)
+            patch.setattr(place, name, interrupted_after(getattr(place, name)))
             with pytest.raises(KeyboardInterrupt):
                 get_peft_model(base, case.config)
         assert fingerprint(base) == before, name
