@@ -172,12 +172,16 @@ COLUMNS = {
     "peer_mb": "PEFT, MB",
     "memory_ratio": "ratio of memory",
     "target": "target",
+    "met": "met",
+    "note": "note",
 }
 
 
 def cell(value: object) -> str:
     if value is None:
         return ""
+    if isinstance(value, bool):
+        return "yes" if value else "**no**"
     return f"{value:.3g}" if isinstance(value, float) and abs(value) < 1000 else f"{value}"
 
 

@@ -211,7 +211,14 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(checkpoint: Path, sums: Path
     arguments = ["tune", "--model", str(checkpoint), "--data", str(sums), "--steps", "100000", "--output", str(output)]
     arguments += ["--save-every", "100000", "--eval-every", "100000", "--threads", "1"]
     command = [sys.executable, "-m", "headstart.cli", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # also where pytest ignores it
+    )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         metrics = output / "metrics.jsonl"

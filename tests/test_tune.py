@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,14 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    """As in a foreground process: one in the background ignores Ctrl-C, and so would a run."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
@@ -357,6 +365,12 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="exists"):
         write_folder(tmp_path / "new", fail)
     assert [path.name for path in tmp_path.rglob("*")] == ["new", "whole"]
+
+
+def test_a_run_in_the_background_leaves_ctrl_c_ignored(recipe: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    finished = run(recipe(steps=2), SILENT, [AtStep(1, lambda: os.kill(os.getpid(), signal.SIGINT))])
+    assert finished.steps == 2
 
 
 # --- refusals, before anything is written

@@ -84,8 +84,13 @@ def demo(
 
     quiet()
     from headstart.tune.demo import run_demo
+    from headstart.tune.watch import Interrupted
 
-    run_demo(model, output, threads)
+    try:
+        run_demo(model, output, threads)
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 @app.command()

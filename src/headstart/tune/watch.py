@@ -138,7 +138,8 @@ class Interruption(TrainerCallback):
         if threading.current_thread() is not threading.main_thread():  # Only the main thread may ask for signals.
             yield
             return
-        before = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
+        heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self._hear) for number in heard}
         try:
             yield
         finally:
