@@ -281,11 +281,12 @@ def test_an_interrupted_run_goes_on_and_ends_as_the_uninterrupted_one(
     signal_number: int, recipe: Any, tmp_path: Path
 ) -> None:
     fields = {"init": "pissa", "lora_dropout": 0.1, "steps": 9, "gradient_accumulation": 2, "eval_every": 3}
+    handler = signal.getsignal(signal.SIGINT)
     whole = run(recipe(output=str(tmp_path / "whole"), **fields), SILENT)
     config = recipe(output=str(tmp_path / "parts"), **fields)
     with pytest.raises(Interrupted, match=r"stopped after step 4.*\nto go on: headstart tune --config .*run.yaml"):
         run(config, SILENT, [AtStep(4, lambda: os.kill(os.getpid(), signal_number))])
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     assert not (tmp_path / "parts" / "adapter").exists()
     said: list[str] = []
     parts = run(config, said.append)
