@@ -42,7 +42,9 @@ from headstart.testing import (
 )
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*shared a weight with other modules", "ignore:The PyTorch API of nested tensors"
+    "ignore:.*shared a weight with other modules",
+    "ignore:The PyTorch API of nested tensors",
+    "ignore:PEFT ignores dilation and padding_mode",
 )
 
 

@@ -35,7 +35,7 @@ from headstart.files.fields import VERSION
 from headstart.lora import adapt, matrix
 from headstart.lora.adapt import Adapter
 from headstart.lora.config import Holders, LoraConfig, Target, check_rank, holders_of
-from headstart.lora.delta import plain_lora
+from headstart.lora.delta import Branch, plain_lora
 from headstart.lora.layers import LoraEmbedding, LoraExperts, LoraLayer, Start, TrainedModule, frozen_module
 from headstart.lora.report import InitReport
 
@@ -49,7 +49,8 @@ def save(model: nn.Module, path: str | Path, *, rank: int | None = None) -> dict
     """Save a model's adapter as a folder that PEFT, and whatever reads PEFT's format, loads on the original base.
 
     Args:
-        model: an adapted model, merged reversibly or not.
+        model: an adapted model, merged reversibly or not. Where it is sharded, every process must call, and the
+            first one writes.
         path: the folder; its other files are left alone.
         rank: the rank of the saved factors. Left out, everything is exact, and anchored layers take rank 2r;
             given, each layer's change is truncated to its best approximation of that rank.
@@ -78,7 +79,10 @@ def save(model: nn.Module, path: str | Path, *, rank: int | None = None) -> dict
             "Load this adapter with headstart, or merge it",
             stacklevel=2,
         )
-    write_adapter(Path(path), entries, config, _extras(adapter), origin, {REPORT: adapter.report.to_json()})
+    extras = _extras(adapter)
+    sharded = any(matrix.is_sharded(factor) for layer in layers.values() for factor in layer.factors)
+    if not sharded or torch.distributed.get_rank() == 0:
+        write_adapter(Path(path), entries, config, extras, origin, {REPORT: adapter.report.to_json()})
     return dropped if rank is not None else {}
 
 
@@ -90,13 +94,14 @@ def _is_misread(module: nn.Module) -> bool:
 
 
 def _entry(name: str, layer: LoraLayer, rank: int | None) -> tuple[Entry, float]:
-    (A, B), file_rank, lost = plain_lora(layer.layout, layer.branch(), layer.rank, rank)
+    A, B = (matrix.whole(factor) for factor in layer.factors)
+    (A, B), file_rank, lost = plain_lora(layer.layout, Branch(A, B, layer.scaling, layer.anchor), layer.rank, rank)
     A, B = layer.layout.to_file(A, B)
     file_rank *= layer.layout.copies
     alpha = layer.scaling * file_rank
-    magnitude = layer.magnitude
+    magnitude = None if layer.magnitude is None else matrix.whole(layer.magnitude)
     if magnitude is not None and isinstance(layer.layout, matrix.Convolution):
-        magnitude = magnitude.reshape(1, -1, *(1,) * len(layer.layout.kernel))  # type: ignore[assignment]
+        magnitude = magnitude.reshape(1, -1, *(1,) * len(layer.layout.kernel))
     return Entry(name, A, B, file_rank, alpha, magnitude, isinstance(layer, LoraEmbedding)), lost
 
 
@@ -192,11 +197,10 @@ def _extras(adapter: Adapter) -> dict[str, Tensor]:
         return found
     for name, module in adapter.model.named_modules():
         if isinstance(module, TrainedModule):
-            found |= {f"{name}.{key}": value for key, value in module.trained.state_dict().items()}
-    trained = {id(parameter) for parameter, _ in adapter.biases.values()}
+            found |= {f"{name}.{key}": matrix.whole(value) for key, value in module.trained.state_dict().items()}
     for name, parameter in adapter.model.named_parameters():
-        if id(parameter) in trained:
-            found[name.replace(".original_module.", ".")] = parameter.detach()
+        if adapt.base_name(name) in adapter.biases:
+            found[name.replace(".original_module.", ".")] = matrix.whole(parameter.detach())
     return found
 
 
@@ -244,7 +248,9 @@ def _frozen(layer: LoraLayer) -> str:
 
 
 def sample(weight: Tensor) -> list[float]:
-    """A few elements of a weight, by which its model is recognised."""
+    """A few elements of a weight, by which its model is recognised. Not of a sharded one, which would be gathered."""
+    if matrix.is_sharded(weight):
+        return []
     flat = weight.detach().reshape(-1)
     index = torch.linspace(0, flat.numel() - 1, _SAMPLES + 2)[1:-1].long().to(flat.device)
     return [] if flat.is_meta else [float(f"{value:.4g}") for value in flat[index].float().tolist()]
@@ -521,7 +527,7 @@ def _fill(adapter: Adapter, extras: Mapping[str, Tensor]) -> None:
         name.replace(".trained.", "."): p for name, p in adapter.model.named_parameters() if ".trained." in f".{name}"
     }
     own |= {name.replace(".trained.", "."): b for name, b in adapter.model.named_buffers() if ".trained." in f".{name}"}
-    own |= {name: parameter for name, (parameter, _) in adapter.biases.items()}
+    own |= adapter.trained_biases()
     with torch.no_grad():
         for name, value in extras.items():
             own[name].copy_(value)

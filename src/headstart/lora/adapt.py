@@ -42,7 +42,7 @@ class Adapter:
         report: how it was started.
         holders: where each replaced module stands, and what stood there, in the order of installation.
         flags: `requires_grad` of every parameter before.
-        biases: the trained biases and their values before.
+        biases: the values that the trained biases had before, by their name in the base model.
         switches: what keeps torch's encoders from computing past the layers.
     """
 
@@ -51,7 +51,7 @@ class Adapter:
     report: InitReport
     holders: list[tuple[Holders, nn.Module]] = field(default_factory=list)
     flags: list[tuple[nn.Parameter, bool]] = field(default_factory=list)
-    biases: dict[str, tuple[nn.Parameter, Tensor]] = field(default_factory=dict)
+    biases: dict[str, Tensor] = field(default_factory=dict)
     switches: list[Switch] = field(default_factory=list)
 
     def layers(self) -> dict[str, LoraLayer]:
@@ -72,14 +72,17 @@ class Adapter:
         switches = [m for m in self.model.modules() if isinstance(m, LoraLayer | TrainedModule)]
         before = [module.enabled for module in switches]
         merged = [(layer, layer.weight_parameter.data) for layer in self.layers().values() if layer.merged]
-        trained = {name: parameter.detach().clone() for name, (parameter, _) in self.biases.items()}
+        biases = self.trained_biases()
+        trained = {name: bias.data for name, bias in biases.items()}
         try:
             for module in switches:
                 module.enabled = False
             for layer, _ in merged:
                 layer.unmerge()
             self._switch(off=False)
-            self._set_biases({name: original for name, (_, original) in self.biases.items()})
+            # Through .data: a graph that waits for its backward does not mind a value that comes back.
+            for name, bias in biases.items():
+                bias.data = self.biases[name].to(bias)
             yield self.model
         finally:
             for module, enabled in zip(switches, before, strict=True):
@@ -87,16 +90,19 @@ class Adapter:
             for layer, weight in merged:
                 layer.merge(weight)
             self._switch(off=True)
-            self._set_biases(trained)
+            for name, bias in biases.items():
+                bias.data = trained[name]
 
     def _switch(self, off: bool) -> None:
         for switch in self.switches:
             switch.set(off)
 
-    def _set_biases(self, values: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, value in values.items():
-                self.biases[name][0].copy_(value)
+    def trained_biases(self) -> dict[str, nn.Parameter]:
+        """The biases that train, by their name in the base model. Asked anew: sharding replaces parameters."""
+        if not self.biases:
+            return {}
+        named = {base_name(name): parameter for name, parameter in self.model.named_parameters()}
+        return {name: named[name] for name in self.biases}
 
     def __str__(self) -> str:
         trainable, total = self.count()
@@ -228,8 +234,9 @@ def install(
 
     own = {id(p) for _, _, layer in wrapped for p in _new_parameters(layer)}
     adapter.flags = [(p, p.requires_grad) for p in model.parameters()]
-    adapter.biases = {n: (p, p.detach().clone()) for n, p in trained_biases(model, starts, config).items()}
-    trained = {id(p) for p, _ in adapter.biases.values()}
+    biases = trained_biases(model, starts, config)
+    adapter.biases = {name: bias.detach().clone() for name, bias in biases.items()}
+    trained = {id(bias) for bias in biases.values()}
     try:
         for holders, base, layer in wrapped:
             adapter.holders.append((holders, base))
@@ -280,6 +287,11 @@ def trained_biases(
     return {name: parameter for name, parameter in own.items() if parameter is not None}
 
 
+def base_name(name: str) -> str:
+    """The name that a parameter has in the base model."""
+    return ".".join(part for part in name.split(".") if part not in ("base_layer", "original_module"))
+
+
 def adapter_of(model: nn.Module) -> Adapter:
     """The adapter that is installed in a model.
 
@@ -298,6 +310,8 @@ def check_plain(model: nn.Module) -> None:
         raise AdapterState("the model has an adapter already: remove(model) or merge(model) it first")
     if any(type(module).__module__.startswith("peft.") for module in model.modules()):
         raise AdapterState("the model carries PEFT layers: use headstart.peft for it, or unload them first")
+    if any(matrix.is_sharded(p) for p in model.parameters()):
+        raise AdapterState("the model is sharded, and a start needs whole weights: adapt it first, then shard it")
     if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
         raise AdapterState("torch.inference_mode makes tensors that never train: load and adapt outside of it")
 
@@ -338,6 +352,8 @@ def merge(model: nn.Module, *, reversible: bool = False) -> MergeReport:
     layers = {name: layer for name, layer in adapter.layers().items() if not layer.merged}
     if reversible and not layers:
         warnings.warn("the model is merged already, and nothing was done: unmerge(model) first", stacklevel=2)
+    if any(matrix.is_sharded(layer.original) for layer in layers.values()):
+        raise AdapterState("the model is sharded: save the adapter, and merge it into the whole base")
     with torch.no_grad():
         check_finite(layers, "merged")
         weights = {name: layer.merged_weight() for name, layer in layers.items()}
@@ -413,7 +429,9 @@ def remove(model: nn.Module) -> nn.Module:
     adapter = adapter_of(model)
     for layer in adapter.layers().values():
         layer.unmerge()
-    adapter._set_biases({name: original for name, (_, original) in adapter.biases.items()})
+    with torch.no_grad():
+        for name, bias in adapter.trained_biases().items():
+            bias.copy_(adapter.biases[name])
     _take_out(adapter, keep_trained=False)
     return model
 

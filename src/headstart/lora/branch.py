@@ -29,6 +29,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -177,7 +178,7 @@ class _Branch(torch.autograd.Function):
         _, _, _, _, _, _, A_asks, B_asks, _, _, gain_asks, _ = ctx.needs_input_grad
         y = x.new_empty(*x.shape[:-1], len(B), dtype=dtype)
         Y, Z, output = y.view(-1, len(B)), None, None
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x.device.type):
             X = _rows(x, dtype)
             down, up = _pair(A, B, A0, B0, s, dtype)
             h = _kept(X, dropped) @ down.t()
@@ -206,7 +207,7 @@ class _Branch(torch.autograd.Function):
         x, h, Z, W, A, B, A0, B0, gain, dropped = ctx.saved_tensors
         _, _, base_asks, x_asks, _, bias_asks, A_asks, B_asks, _, _, gain_asks, _ = ctx.needs_input_grad
         dx = dbias = dA = dB = dgain = None
-        with torch.autocast(dy.device.type, enabled=False):
+        with _without_autocast(dy.device.type):
             dY = _rows(dy, ctx.dtype)
             down, up = _pair(A, B, A0, B0, ctx.s, ctx.dtype)
             if bias_asks:
@@ -243,6 +244,10 @@ class _Branch(torch.autograd.Function):
 _fused: Callable[..., Tensor] = _Branch.apply
 
 
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 def _rows(x: Tensor, dtype: torch.dtype) -> Float[Tensor, "T n"]:
     return x.reshape(-1, x.shape[-1]).to(dtype)
 
@@ -253,7 +258,7 @@ def _pair(
     """`down` (R, n) and `up` (m, R), with up·down = s·(B·A − B₀·A₀). Subtracted and scaled before they are cast."""
     if A0 is not None and B0 is not None:
         A, B = torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1)
-    return A.to(dtype), (B * s).to(dtype)
+    return A.to(dtype), (B if s == 1 else B * s).to(dtype)
 
 
 # --- DoRA's gain -----------------------------------------------------------------------------------------------------

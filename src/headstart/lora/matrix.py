@@ -296,6 +296,17 @@ def weight_name(module: nn.Module, parameter: str = "weight") -> str:
     return "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else parameter
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this is a DTensor, as FSDP2 makes parameters. Imports nothing."""
+    library = sys.modules.get("torch.distributed.tensor")
+    return library is not None and isinstance(tensor, library.DTensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered, which every process must ask for at once; any other as it is."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
 def largest_rank(shapes: Sequence[torch.Size]) -> int:
     """The largest rank that every block of these shapes can have."""
     return min(min(shape) for shape in shapes)

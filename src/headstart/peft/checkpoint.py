@@ -6,7 +6,6 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +27,8 @@ from headstart.files.adapter import (
     write_adapter,
 )
 from headstart.files.checkpoint import OUTPUT, check_base, outputs_scaled, provenance, start_of_entry, target_of
-from headstart.lora.delta import plain_lora
+from headstart.lora import matrix
+from headstart.lora.delta import Branch, plain_lora
 from headstart.lora.layers import Start
 from headstart.lora.report import InitReport
 from headstart.peft.layers import ParamWrapper, ShellAttention, ShellEmbedding, ShellLayer, shell_layers
@@ -67,14 +67,19 @@ def save(
 
 
 def _entry(name: str, layer: ShellLayer, adapter: str, rank: int | None, state: State) -> Entry:
-    branch = layer.branch(adapter)
-    gathered = [state.get(f"{PREFIX}{name}.{layer.key(letter, adapter)}") for letter in "AB"]
-    if gathered[0] is not None and gathered[1] is not None:
-        A, B = layer.layout.from_file(gathered[0], gathered[1])
-        branch = replace(branch, A=A, B=B)
+    def gathered(key: str, tensor: Tensor) -> Tensor:
+        found = state.get(f"{PREFIX}{name}.{key}")
+        return matrix.whole(tensor) if found is None else found
+
+    stored = zip("AB", layer.stored(adapter), strict=True)
+    A, B = layer.layout.from_file(*(gathered(layer.key(letter, adapter), factor) for letter, factor in stored))
+    branch = Branch(A, B, layer.scaling[adapter], layer.anchor(adapter))
     (A, B), file_rank, _ = plain_lora(layer.layout, branch, layer.rank(adapter), rank)
     A, B = layer.layout.to_file(A, B)
-    return Entry(name, A, B, file_rank, branch.scaling * file_rank, branch.magnitude, isinstance(layer, ShellEmbedding))
+    magnitude = layer.magnitude(adapter)
+    if magnitude is not None:
+        magnitude = gathered(f"lora_magnitude_vector.{adapter}.weight", magnitude)
+    return Entry(name, A, B, file_rank, branch.scaling * file_rank, magnitude, isinstance(layer, ShellEmbedding))
 
 
 def _fields(model: PeftModel, adapter: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from headstart.errors import AdapterState, NonFiniteWeight
-from headstart.files.adapter import plain_name
+from headstart.lora.adapt import base_name
 from headstart.lora.layers.encoder import Switch, switches
 from headstart.peft.inject import take_apart
 from headstart.peft.layers import ANCHORED, ShellLayer, shell_layers
@@ -163,11 +163,6 @@ class ShellTuner(lora.LoraModel):
 
     def _layers(self) -> list[ShellLayer]:
         return [module for module in self.model.modules() if isinstance(module, ShellLayer)]
-
-
-def base_name(name: str) -> str:
-    """The name that a parameter of the wrapped model has in the base."""
-    return plain_name(name.replace("original_module.", ""))
 
 
 def _check_finite(layers: Iterable[ShellLayer], adapters: Sequence[str] | None) -> None:

@@ -121,8 +121,8 @@ def describe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pair: d
     model.eval()
     prompt = tokenizer(docstrings.QUESTION.format(source=pair.source), return_tensors="pt").to(model.device)
     found = model.generate(  # type: ignore[operator]
-        **prompt, max_new_tokens=32, do_sample=False, pad_token_id=tokenizer.pad_token_id
+        **prompt, max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.pad_token_id
     )
     model.train(training)
     text = tokenizer.decode(found[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
-    return str(text).strip().split("\n")[0]
+    return str(text).strip().split("\n")[0].lstrip("# ")

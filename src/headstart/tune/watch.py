@@ -36,18 +36,17 @@ class Recorder(TrainerCallback):
     """Every log line into metrics.jsonl as it happens, with the tokens per second of the steps alone.
 
     Attributes:
-        seconds: spent in training steps; evaluation is not counted.
-        tokens: trained on, before an interruption and after.
+        seconds: spent in training steps, before an interruption and after; evaluation is not counted.
+        tokens: trained on, likewise.
     """
 
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
-        self.seconds = 0.0
-        earlier = [line["num_tokens"] for line in read_metrics(folder.metrics) if "num_tokens" in line]
-        self._earlier = int(earlier[-1]) if earlier else 0
-        self.tokens = self._earlier
+        trained = [line for line in read_metrics(folder.metrics) if "seconds" in line]
+        self.seconds = float(trained[-1]["seconds"]) if trained else 0.0
+        self.tokens = self._earlier = int(trained[-1]["num_tokens"]) if trained else 0
         self._began = time.perf_counter()
-        self._logged = (0.0, self.tokens)
+        self._logged = self.seconds, self.tokens
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._began = time.perf_counter()
@@ -69,7 +68,7 @@ class Recorder(TrainerCallback):
         logs.pop("total_flos", None)
         if "num_tokens" in logs and "loss" in logs:  # TRL counts from zero in a resumed run.
             self.tokens = self._earlier + int(logs["num_tokens"])
-            logs["num_tokens"] = self.tokens
+            logs |= {"num_tokens": self.tokens, "seconds": round(self.seconds, 2)}
             seconds, tokens = self._logged
             logs["tokens_per_second"] = round((self.tokens - tokens) / max(self.seconds - seconds, 1e-9), 1)
             self._logged = self.seconds, self.tokens
