@@ -28,15 +28,15 @@ SETTINGS: dict[str, Any] = {
     "r": 16,
     "lora_alpha": 16,
     "use_rslora": True,
-    "steps": 60,
+    "steps": 40,
     "batch_size": 1,
     "packing": True,  # about six functions a row, and no padding to compute on
     "max_length": 512,
     "learning_rate": 1.5e-3,
     "warmup": 0.1,
-    "eval_rows": 48,
-    "eval_every": 30,
-    "save_every": 30,
+    "eval_rows": 40,
+    "eval_every": 20,
+    "save_every": 20,
 }
 SHOWN = 4
 
