@@ -253,6 +253,9 @@ def test_recompress_is_the_best_product_of_its_rank(rank: int) -> None:
     assert dropped == pytest.approx(float(S[kept:].square().sum() / S.square().sum()), abs=1e-12)
 
 
+HALVES = [torch.bfloat16, torch.float16]
+
+
 def nearest(exact: Tensor, dtype: torch.dtype) -> Tensor:
     """The float64 values rounded once to a half type: the nearest of three neighbours, ties to the even one."""
     guess = exact.to(dtype)
@@ -267,12 +270,80 @@ def nearest(exact: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("size", [1e-4, 1e-2, 1.0, 100.0])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", HALVES)
 def test_a_merge_rounds_every_element_once(dtype: torch.dtype, size: float) -> None:
     W = torch.randn(600, 500, generator=generator()).to(dtype)
     B, A = torch.randn(600, 8, generator=generator(1)) * size, torch.randn(8, 500, generator=generator(2))
     exact = W.double() + 0.37 * (B.double() @ A.double())
     assert torch.equal(add_lowrank(W, B, A, 0.37), nearest(exact, dtype))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_merge_rounds_ties_to_even_and_their_neighbours_away(dtype: torch.dtype, sign: int) -> None:
+    """Every half there is, subnormal and largest too, moved to just below, onto and just above the next tie."""
+    count = int(torch.tensor(torch.inf, dtype=dtype).view(torch.int16))
+    patterns = torch.arange(count, dtype=torch.int16)
+    W, after = patterns.view(dtype), (patterns + 1).view(dtype)
+    gap = (after.double() - W.double()).nan_to_num(posinf=0)
+    gap[-1] = gap[-2]  # the largest and infinity
+    A = torch.tensor([[1.0, 1.0, 1.0], [-1.0, 0.0, 1.0]])
+    B = sign * torch.stack([gap / 2, gap * 2.0**-36], dim=1)
+    wanted = torch.stack([W, torch.where(patterns % 2 == 0, W, after), after], dim=1)
+    W = sign * W[:, None].expand(-1, 3)
+    assert torch.equal(add_lowrank(W, B, A, 1.0), sign * wanted)
+    assert not torch.equal((W.double() + B @ A.double()).to(dtype), sign * wanted), "casting does it too"
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_merge_is_exact_beside_outliers_and_at_high_rank(dtype: torch.dtype) -> None:
+    W = (torch.randn(70, 333, generator=generator()) * 0.02).to(dtype)
+    W[3, 5], W[11] = 3e4, W[11] * 1000
+    B, A = torch.randn(70, 512, generator=generator(1)) * 1e-3, torch.randn(512, 333, generator=generator(2))
+    B[7], A[:, 9] = B[7] * 1e4, A[:, 9] * 100
+    exact = W.double() + 0.37 * (B.double() @ A.double())
+    assert torch.equal(add_lowrank(W, B, A, 0.37), nearest(exact, dtype))
+    assert torch.equal(add_lowrank(W, torch.zeros_like(B), A, 0.37), W)
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+def test_a_merge_keeps_what_is_not_finite_where_it_is(dtype: torch.dtype) -> None:
+    W = torch.ones(4, 5, dtype=dtype)
+    W[0, 1], W[0, 2], W[2, 3] = torch.inf, -torch.inf, torch.nan
+    B, A = torch.ones(4, 2), torch.full((2, 5), 0.25)
+    B[3] = 1e38  # beyond both halves
+    found = add_lowrank(W, B, A, 8.0)
+    assert found[0].tolist() == [5, torch.inf, -torch.inf, 5, 5]
+    assert found[2].isnan().tolist() == [False, False, False, True, False]
+    assert (found[1] == 5).all()
+    assert (found[3] == torch.inf).all()
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (1, 1), (3, 200_000), (1300, 257)])
+def test_a_merge_serves_any_shape_and_layout(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    m, n = shape
+    stored = torch.randn(n, 2 * m, generator=generator()).to(dtype)
+    B, A = torch.randn(m, 3, generator=generator(1)), torch.randn(3, n, generator=generator(2))
+    for W in (stored[:, ::2].T, stored[:1, :1].expand(m, n) if m * n else stored[:, :m].T):
+        before = W.clone()
+        found = add_lowrank(W, B, A, 0.5)
+        exact = W.double() + 0.5 * (B.double() @ A.double())
+        assert found.dtype == dtype
+        assert found.is_contiguous()
+        assert torch.equal(W, before)
+        wanted = nearest(exact, dtype) if dtype in HALVES else exact.to(dtype)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0 if dtype in HALVES else 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+def test_a_merge_is_the_same_under_autocast(dtype: torch.dtype) -> None:
+    W = torch.randn(64, 48, generator=generator()).to(dtype)
+    B, A = torch.randn(64, 8, generator=generator(1)), torch.randn(8, 48, generator=generator(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = add_lowrank(W, B, A, 0.5)
+    assert found.dtype == dtype
+    assert torch.equal(found, add_lowrank(W, B, A, 0.5))
 
 
 def test_a_merge_that_rounds_twice_is_seen() -> None:

@@ -51,6 +51,13 @@ def _range(value: Any) -> bool:
     return _list(_integer)(value) and len(value) == 2
 
 
+def _recipe(value: Any) -> bool:
+    kinds = {"bits": _rank, "quant_type": _text, "blocksize": _integer, "nested": _flag}
+    tables = {"samples": _table(_list(_number)), "taken": _list(_text)}
+    checks = {**kinds, **tables}
+    return isinstance(value, dict) and all(check(value.get(name)) for name, check in checks.items())
+
+
 _CONFIG: dict[str, tuple[_Check, str]] = {
     "r": (_rank, "a positive integer"),
     "lora_alpha": (_number, "a finite number; without it the scale is unknown"),
@@ -74,10 +81,11 @@ _ORIGIN: dict[str, tuple[_Check, str]] = {
     "frozen": (_table(lambda value: value in ("A", "B", "AB")), "a table of 'A', 'B' or 'AB'"),
     "parts": (_table(_list(_range)), "a table of row ranges"),
     "base": (_table(_list(lambda value: isinstance(value, int | float))), "a table of lists of numbers"),
+    "quantized": (_list(_recipe), "a list of recipes"),
     "adapter_config": (_table(lambda value: True), "a table"),
 }
 # Fields that change what the tensors mean, and that we do not serve: silence would be a wrong function.
-_UNSERVED = (
+UNSERVED = (
     "lora_bias",
     "alora_invocation_tokens",
     "use_qalora",
@@ -131,7 +139,7 @@ def check_config(config: Mapping[str, Any], path: Path, ours: bool) -> None:
         # PEFT writes null for what is not set.
         if not check(value) and (value is not None or name in _REQUIRED):
             raise AdapterFormatError(f"{path}: {name!r} is {_short(value)}, not {wanted}")
-    for name in _UNSERVED:
+    for name in UNSERVED:
         if config.get(name):
             raise AdapterFormatError(f"{path}: {name}={config[name]!r} is not served: load it with PEFT")
     init = config.get("init_lora_weights", True)
@@ -156,7 +164,7 @@ def check_origin(origin: Mapping[str, Any], where: str) -> None:
 
 def _check_unknown(name: str, value: Any, path: Path) -> None:
     """A field of a version to come: it may pass where it is empty, or where its name says nothing of our matter."""
-    known = (*_CONFIG, *_UNSERVED, *_SILENT)
+    known = (*_CONFIG, *UNSERVED, *_SILENT)
     if name in known or not value:
         return
     near = nearest(name, known, count=1)

@@ -17,7 +17,10 @@ from headstart.errors import BadRank
 from headstart.linalg.sides import BLOCK
 from headstart.linalg.spectrum import signs
 
-CHUNK = 1 << 15  # Numbers that stay in the cache from cast to cast.
+TILE = (128, 1024)  # Numbers that stay in the cache from cast to cast, and enough rows for a fast product.
+# The last 38 of a float64's 52 digits. The other 14 exceed the 10 of a half type by the two that the proof needs, and
+# are so few that float32 holds them also where bfloat16 is subnormal.
+CUT = (1 << 38) - 1
 
 
 def thin_qr(columns: Float[Tensor, "m r"]) -> tuple[Float[Tensor, "m q"], Float[Tensor, "q r"]]:
@@ -64,49 +67,37 @@ def add_lowrank(
 ) -> Float[Tensor, "m n"]:
     """W + s·B·A as a new tensor of W's dtype, without the dense product.
 
-    For float16 and bfloat16 every element is the exact sum rounded once, to nearest even. A cast from float64 goes
-    through float32 and so rounds twice, which is wrong where the first rounding lands on a tie of the second: the
-    few elements near one are found by a bracket, and settled from the float64 sum.
+    For float16 and bfloat16 every element is the float64 sum rounded once, to nearest even. For float32 and float64
+    it is a chain of multiplications and additions in that dtype, wrong by a few ulp of |W| + |s|·|B|·|A|.
     """
     with torch.no_grad():
         if W.dtype in (torch.float32, torch.float64):
-            return torch.addmm(W, B.to(W.dtype), A.to(W.dtype), alpha=scaling)
-        (m, n), out = W.shape, torch.empty(W.shape, dtype=W.dtype, device=W.device)
+            # In place, which autocast lets alone.
+            summed = W.clone(memory_format=torch.contiguous_format)
+            return summed.addmm_(B.to(W.dtype), A.to(W.dtype), alpha=scaling)
+        out = torch.empty(W.shape, dtype=W.dtype, device=W.device)
         left, right = B.double() * scaling, A.double()
-        step = max(1, min(m, CHUNK // max(1, n)))
-        sums = torch.empty(step, n, dtype=torch.float64, device=W.device)
-        near, end = torch.empty(2, step, n, device=W.device)
-        upper = torch.empty(step, n, dtype=W.dtype, device=W.device)
-        for start in range(0, m, step):
-            rows = slice(start, min(start + step, m))
-            count = rows.stop - start
-            exact, lower = sums[:count].copy_(W[rows]).addmm_(left[rows], right), out[rows]
-            near[:count].copy_(exact)
-            lower.copy_(torch.mul(near, 1 - 2**-22, out=end)[:count])
-            upper.copy_(torch.mul(near, 1 + 2**-22, out=end))
-            unsure = _differing(lower, upper[:count])
-            if len(unsure):
-                lower.view(-1)[unsure] = _round_once(exact.view(-1)[unsure], W.dtype)
+        wide = max(1, min(TILE[1], W.shape[1]))
+        tall = TILE[0] * TILE[1] // wide
+        sums, odd = torch.empty(2, tall * wide, dtype=torch.float64, device=W.device)
+        for olds, a, news in zip(W.split(wide, 1), right.split(wide, 1), out.split(wide, 1), strict=True):
+            for old, b, new in zip(olds.split(tall), left.split(tall), news.split(tall), strict=True):
+                x, spare = (buffer[: old.numel()].view(old.shape) for buffer in (sums, odd))
+                # Through float32: torch casts float16 to float64 one number at a time.
+                new.copy_(_round_to_odd(x.copy_(old.float()).addmm_(b, a), spare))
         return out
 
 
-def _differing(one: Tensor, other: Tensor) -> Tensor:
-    """Where two contiguous tensors of a two-byte dtype differ; compared four at a time, most being equal."""
-    one, other = one.view(-1).view(torch.int16), other.view(-1).view(torch.int16)
-    if len(one) % 4:
-        return torch.ne(one, other).nonzero().flatten()
-    fours = torch.ne(one.view(torch.int64), other.view(torch.int64)).nonzero()
-    return (4 * fours + torch.arange(4, device=one.device)).flatten()
+def _round_to_odd(x: Tensor, out: Tensor) -> Tensor:
+    """float64 cut to 14 binary digits, of which the last is set where anything was cut off.
 
-
-def _round_once(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """float64 → a half type in one rounding. A plain cast goes through float32 and rounds twice."""
-    near = x.float()
-    bits = near.view(torch.int32)
-    error = x.abs() - near.abs().double()
-    # Round to odd: an inexact float32 gets its last bit set, so that no false tie is left for the second rounding.
-    shift = torch.sign(error).nan_to_num().int() * (bits & 1 == 0)
-    return (bits + shift).view(torch.float32).to(dtype)
+    A cast from float64 to a half type goes through float32 and rounds twice, which is wrong where the first rounding
+    lands on a tie of the second. What is odd is no tie, and float32 holds it exactly: the cast rounds once. (Boldo,
+    Melquiond (2008), "Emulation of FMA and correctly rounded sums: proved algorithms using rounding to odd".)
+    """
+    bits, odd = x.view(torch.int64), out.view(torch.int64)
+    torch.bitwise_and(bits, CUT, out=odd).add_(CUT).bitwise_or_(bits).bitwise_and_(~CUT)
+    return out
 
 
 def row_norms_squared(W: Float[Tensor, "m n"]) -> Float[Tensor, " m"]:

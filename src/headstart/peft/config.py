@@ -12,26 +12,13 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
 from headstart.errors import BadOption
+from headstart.files.fields import UNSERVED
 from headstart.lora import matrix
 from headstart.lora.config import LoraConfig, Target
 from headstart.lora.layers import Start
 
-# Fields of PEFT's config that change what is computed, and that we do not serve.
-_UNSERVED = (
-    "lora_bias",
-    "alora_invocation_tokens",
-    "use_qalora",
-    "use_bdlora",
-    "layer_replication",
-    "trainable_token_indices",
-    "monteclora_config",
-    "kasa_config",
-    "velora_config",
-    "arrow_config",
-    "megatron_config",
-    "ensure_weight_tying",
-    "inference_mode",
-)
+# Fields of PEFT's config that we do not serve: what no file may say, and what changes nothing in a file.
+_UNSERVED = (*UNSERVED, "ensure_weight_tying", "inference_mode")
 
 
 def own_config(model: nn.Module, config: LoraConfig | peft.LoraConfig) -> LoraConfig:
@@ -109,11 +96,14 @@ def _exactly(names: list[str], model: nn.Module) -> list[str] | str:
 
 
 def _check_kept(model: nn.Module, config: LoraConfig) -> None:
-    """PEFT goes by the end of a name, dot or no dot: "head" would train "lm_head" too."""
-    for kept in config.modules_to_save or ():
-        for name, _ in model.named_modules():
-            if name.endswith(kept) and name != kept and not name.endswith(f".{kept}"):
-                raise BadOption(f"modules_to_save {kept!r} means {name!r} too in PEFT: write more of its name")
+    """PEFT goes by the end of a name, dot or no dot: "head" would train "lm_head" too, which may be meant."""
+    wanted = config.modules_to_save or ()
+    for name, _ in model.named_modules():
+        odd = [kept for kept in wanted if name.endswith(kept)]
+        if odd and not any(name == kept or name.endswith(f".{kept}") for kept in wanted):
+            raise BadOption(
+                f"modules_to_save {odd[0]!r} means {name!r} too in PEFT: write more of its name, or name both"
+            )
 
 
 def _task(model: nn.Module) -> str | None:
