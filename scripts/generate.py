@@ -4,8 +4,8 @@
     python scripts/generate.py --check    write nothing; fail where something is stale
 
 The table of strategies comes from the registry, the tree from the modules' first lines, the benchmark tables from
-benchmarks/results, the command reference from the command line itself. In README.md only what stands between
-`<!-- name -->` and `<!-- /name -->` is replaced.
+benchmarks/results, the command reference from the command line itself. In README.md and docs/theory only what stands
+between `<!-- name -->` and `<!-- /name -->` is replaced.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import ast
 import inspect
 import itertools
 import json
+import statistics
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from headstart.tune.facts import on_a_small_matrix
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "headstart"
 RESULTS = ROOT / "benchmarks" / "results"
+THEORY = RESULTS / "theory.json"
 NOTE = "<!-- Written by scripts/generate.py: change the code, then run it again. -->\n\n"
 
 # Elsewhere the alphabet rules.
@@ -188,7 +190,7 @@ def cell(value: object) -> str:
 def benchmark_tables(level: str) -> str:
     """Each file of results: its facts, then its rows with the columns that they have."""
     text = ""
-    for file in sorted(RESULTS.glob("*.json")):
+    for file in sorted(set(RESULTS.glob("*.json")) - {THEORY}):
         content = json.loads(file.read_text(encoding="utf-8"))
         facts, rows = ({}, content) if isinstance(content, list) else (content, content["rows"])
         used = [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
@@ -199,6 +201,26 @@ def benchmark_tables(level: str) -> str:
     return text.rstrip("\n") + "\n" if text else "No results are committed yet: `make bench` writes them.\n"
 
 
+def benchmark_summary() -> str:
+    """One line for each file of results: how many of its targets are met, and the spread of its ratios."""
+    lines = []
+    for file in sorted(set(RESULTS.glob("*.json")) - {THEORY}):
+        rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+        stated = [row["met"] for row in rows if row.get("met") is not None]
+        spreads = [spread([row[name] for row in rows if row.get(name)]) for name in ("ratio", "memory_ratio")]
+        title = file.stem.replace("_", " ")
+        link = f"[{title}](docs/benchmarks.md#{file.stem.replace('_', '-')})"
+        lines.append([link, str(len(rows)), f"{sum(stated)} of {len(stated)}", *spreads])
+    return table(["what", "rows", "targets met", "CPU time, median (least to most)", "memory"], lines)
+
+
+def spread(ratios: list[float]) -> str:
+    """The median and the range of ratios to PEFT, or nothing."""
+    if not ratios:
+        return ""
+    return f"{statistics.median(ratios):.2g}× ({min(ratios):.2g} to {max(ratios):.2g})"
+
+
 def benchmarks_page() -> str:
     return (
         f"{NOTE}# Benchmarks\n\n"
@@ -207,6 +229,14 @@ def benchmarks_page() -> str:
         "below one means that headstart needs less.\n\n"
         f"{benchmark_tables('##')}"
     )
+
+
+def theory_page() -> str:
+    """The page as it stands, with the table of every experiment put between its markers."""
+    text = (ROOT / "docs" / "theory" / "lora-one.md").read_text(encoding="utf-8")
+    for name, result in json.loads(THEORY.read_text(encoding="utf-8"))["experiments"].items():
+        text = between(text, name, table(result["header"], [[cell(value) for value in row] for row in result["rows"]]))
+    return text
 
 
 # --- the command line
@@ -250,7 +280,7 @@ def between(text: str, name: str, content: str) -> str:
     """The text with what stands between the markers of this name replaced."""
     start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
     if text.count(start) != 1 or text.count(end) != 1:
-        raise SystemExit(f"generate: README.md must hold one {start.strip()} and one {end}")
+        raise SystemExit(f"generate: the page must hold one {start.strip()} and one {end}")
     head, rest = text.split(start)
     return head + start + content + end + rest.split(end)[1]
 
@@ -259,7 +289,7 @@ def readme() -> str:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     text = between(text, "strategies", strategies_table("docs/strategies.md"))
     text = between(text, "tree", tree())
-    return between(text, "benchmarks", benchmark_tables("###"))
+    return between(text, "benchmarks", benchmark_summary())
 
 
 def generated() -> dict[Path, str]:
@@ -269,6 +299,7 @@ def generated() -> dict[Path, str]:
         docs / "strategies.md": strategies_page(),
         docs / "benchmarks.md": benchmarks_page(),
         docs / "cli.md": cli_page(),
+        docs / "theory" / "lora-one.md": theory_page(),
     }
 
 

@@ -16,7 +16,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = (
     ("errors",),
-    ("linalg", "statistics"),
+    ("linalg",),
+    ("statistics",),
     ("inits",),
     ("lora",),
     ("files",),

@@ -38,6 +38,7 @@ from headstart.errors import (
     BadAlpha,
     BadOption,
     BadRank,
+    CalibrationError,
     FileError,
     HeadstartError,
     KeyMismatch,
@@ -166,6 +167,7 @@ def config(**fields: Any) -> hs.LoraConfig:
 
 # ------------------------------------------------------------------ configuration
 
+PISSA = {"init_lora_weights": "pissa"}
 CONFIGS: list[tuple[str, Mapping[str, Any], type[HeadstartError], list[str]]] = [
     ("rank 0", {"r": 0}, BadRank, ["r is 0", "at least 1"]),
     ("a negative rank", {"r": -1}, BadRank, ["r is -1"]),
@@ -189,6 +191,14 @@ CONFIGS: list[tuple[str, Mapping[str, Any], type[HeadstartError], list[str]]] = 
     ("a negative niter", {"init_lora_weights": "pissa_niter_-1"}, UnknownInit, ["pissa_niter_-1"]),
     ("an unknown option", {"init_lora_weights": "pissa", "init_options": {"iter": 3}}, BadOption, ["'iter'", "niter"]),
     ("an option of another init", {"init_options": {"niter": 3}}, BadOption, ["'kaiming'", "'niter'"]),
+    ("niter twice", {"init_lora_weights": "pissa_niter_16", "init_options": {"niter": 4}}, BadOption, ["=16", "=4"]),
+    ("niter undone", {"init_lora_weights": "pissa_niter_9", "init_options": {"niter": None}}, BadOption, ["=None"]),
+    ("niter as text", {**PISSA, "init_options": {"niter": "x"}}, BadOption, ["'niter'", "'pissa'", "'x'", "integer"]),
+    ("a fractional niter", {**PISSA, "init_options": {"niter": 4.0}}, BadOption, ["4.0", "None or an integer"]),
+    ("niter that is a truth", {**PISSA, "init_options": {"niter": True}}, BadOption, ["True", "default is None"]),
+    ("a tolerance as text", {**PISSA, "init_options": {"tolerance": "1e-4"}}, BadOption, ["'1e-4'", "0.0001"]),
+    ("no tolerance", {**PISSA, "init_options": {"tolerance": None}}, BadOption, ["tolerance", "a number"]),
+    ("a flag as a number", {"init_lora_weights": "init_ab", "init_options": {"reset": 1}}, BadOption, ["or False"]),
     ("an unknown bias", {"bias": "some"}, BadOption, ["'some'", "'lora_only'"]),
     ("a seed as text", {"seed": "0"}, BadOption, ["seed", "integer"]),
     ("a broken expression", {"target_modules": "(q"}, BadOption, ["target_modules", "regular expression"]),
@@ -215,6 +225,29 @@ def test_a_config_that_cannot_be_meant_is_refused_when_it_is_made(
     assert all(word in str(caught.value) for word in words), caught.value
 
 
+@pytest.mark.parametrize(
+    ("init", "options"),
+    [
+        ("pissa_niter_16", {"niter": 16}),
+        ("pissa", {"niter": None, "tolerance": 1}),
+        ("init_ab", {"c": 2, "reset": True}),
+        ("normal", {"std": 0}),
+    ],
+)
+def test_options_of_their_kind_are_taken(init: str, options: dict[str, Any]) -> None:
+    assert hs.LoraConfig(init_lora_weights=init, init_options=options).options == options
+
+
+def test_a_word_is_checked_and_what_has_no_plain_kind_is_not() -> None:
+    def shaped(shape: Any, rank: int, mode: str = "a", table: Any = None, size: float | None = None) -> Any: ...
+
+    mine = registry.Strategy("mine", shaped, "", "")
+    mine.check_options({"mode": "b", "table": {"any": "thing"}, "size": 2})
+    for wrong in ({"mode": 1}, {"size": "2"}, {"mode": None}):
+        with pytest.raises(BadOption, match="'mine'"):
+            mine.check_options(wrong)
+
+
 def test_an_unknown_field_is_named_with_its_nearest() -> None:
     with pytest.raises(UnknownField, match=r"'lora_alfa'; did you mean 'lora_alpha'"):
         hs.LoraConfig.from_dict({"lora_alfa": 8})
@@ -229,7 +262,6 @@ def test_alpha_zero_and_below_are_allowed_where_no_start_divides_by_them() -> No
 
 # ------------------------------------------------------------------ targets and structure
 
-PISSA = {"init_lora_weights": "pissa"}
 TARGETS: list[tuple[str, Mapping[str, Any], type[HeadstartError], list[str]]] = [
     ("no target matches", {"target_modules": ["query"]}, NoTarget, ["'query'", "no module", "for example"]),
     ("one of several does not", {"target_modules": ["q", "dwn"]}, NoTarget, ["'dwn'", "did you mean 'down'"]),
@@ -353,13 +385,33 @@ def test_a_model_that_cannot_be_adapted_is_refused_as_it_is(
 
 @pytest.mark.parametrize("init", hs.strategies())
 def test_nan_in_the_second_layer_is_named_by_every_start_that_reads_it(init: str) -> None:
-    model = net()
+    model, known = net(), known_of_net(init)
     holding(math.nan)(model)
     if registry.get(init)[0].reads_weight:
         with refused(model, NonFiniteWeight, "blocks.1.q", repr(init)):
-            hs.adapt(model, config(init_lora_weights=init))
+            hs.adapt(model, config(init_lora_weights=init), **known)
     else:
-        assert all(torch.isfinite(p).all() for p in hs.adapt(model, config(init_lora_weights=init)).parameters())
+        adapter = hs.adapt(model, config(init_lora_weights=init), **known)
+        assert all(torch.isfinite(p).all() for p in adapter.parameters())
+
+
+def known_of_net(init: str) -> dict[str, Any]:
+    """What a start that looks at data found while the weights were sound."""
+    if not registry.get(init)[0].needs:
+        return {}
+    data = [IDS, IDS.flip(-1)]
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch).float().square().mean()
+
+    return {"calibration": hs.calibrate(net(), config(init_lora_weights=init), data, preserve=data, loss=loss)}
+
+
+def test_data_that_makes_nan_is_named_by_its_layer() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    data = [torch.randn(8, 4), torch.full((8, 4), math.nan)]
+    with refused(model, CalibrationError, "'0'"):
+        hs.adapt(model, hs.LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights="eva"), data=data)
 
 
 def test_the_model_itself_cannot_be_replaced() -> None:
@@ -406,6 +458,16 @@ def test_a_tied_embedding_can_be_adapted_and_the_head_stays_tied() -> None:
     assert model.head.weight is model.embed.base_layer.weight
 
 
+def seen(init: str, features: int, size: float) -> dict[str, Any]:
+    """Data of some size and a loss, for a start that looks at data."""
+    if not registry.get(init)[0].needs:
+        return {}
+    data = [torch.randn(8, features) * size for _ in range(4)]
+    aim = torch.randn(8, 10)
+    found: dict[str, Any] = {"data": data, "loss": lambda model, batch: (model(batch) * aim).mean()}
+    return {**found, "preserve": data[:2]} if "preserved" in registry.get(init)[0].needs else found
+
+
 @pytest.mark.parametrize("init", hs.strategies())
 @pytest.mark.parametrize("weight", ["zero", "of rank 1", "huge", "tiny", "a view"])
 def test_degenerate_weights_start_finite_and_alive(init: str, weight: str) -> None:
@@ -419,13 +481,16 @@ def test_degenerate_weights_start_finite_and_alive(init: str, weight: str) -> No
     }
     layer.weight = nn.Parameter(make[weight]())
     model = nn.Sequential(layer)
-    x = torch.randn(5, 12) * (1e-37 if weight == "huge" else 1.0)
+    size = 1e-37 if weight == "huge" else 1.0
+    x = torch.randn(5, 12) * size
     expected = model(x).detach()
-    adapter = hs.adapt(model, hs.LoraConfig(r=4, target_modules=["0"], init_lora_weights=init))
+    config = hs.LoraConfig(r=4, target_modules=["0"], init_lora_weights=init)
+    adapter = hs.adapt(model, config, **seen(init, 12, 1e-15 if weight == "huge" else 1.0))
     A, B = adapter.layers()["0"].factors
     assert bool(A.isfinite().all() and B.isfinite().all())
     assert bool(A.any() or B.any())
-    if adapter.report.layers[0].anchored or not bool(A.any() and B.any()):
+    quantizes = registry.get(init)[0].quantizes
+    if adapter.report.layers[0].anchored or not (quantizes or bool(A.any() and B.any())):
         torch.testing.assert_close(model(x).detach(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
     model(x).sum().backward()
     assert any(bool(parameter.grad.any()) for parameter in adapter.parameters() if parameter.grad is not None)

@@ -18,7 +18,7 @@ from headstart import inits
 from headstart.errors import BadAlpha, BadOption, BadRank, MetaWeight, NonFiniteWeight, SVDError, UnknownInit
 from headstart.inits.strategy import Factors, Strategy
 
-ALL = [name for name in inits.names() if not inits.get(name)[0].needs]
+ALL = [name for name in inits.names() if not inits.get(name)[0].needs and not inits.get(name)[0].quantizes]
 READ_WEIGHT = [name for name in ALL if inits.get(name)[0].reads_weight]
 DRAWN = [name for name in ALL if not inits.get(name)[0].reads_weight]
 SCALED = [name for name in ALL if inits.get(name)[0].divides_by_scaling]

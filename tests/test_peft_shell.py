@@ -21,8 +21,9 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 import headstart as hs
-from headstart.errors import AdapterState, BadOption, KeyMismatch, NonFiniteWeight, UnknownInit, UnsupportedLayer
+from headstart.errors import AdapterState, BadOption, KeyMismatch, MissingStatistic, NonFiniteWeight, UnsupportedLayer
 from headstart.files.adapter import plain_name, read_adapter
+from headstart.inits import strategy as registry
 from headstart.peft import from_pretrained, get_peft_model
 from headstart.peft.layers import ShellLayer
 from headstart.peft.model import ShellModel
@@ -35,7 +36,8 @@ MISREAD = {"conv1d", "conv1d_dora", "conv2d_same", "conv1d_reflect", "conv1d_ref
 if Version("0.20") > PEFT:
     MISREAD |= {"experts"}  # (e, out, in) without a flag was read as (e, in, out)
 EVA = peft.LoraConfig(target_modules=["left"], init_lora_weights="eva", eva_config=peft.EvaConfig())
-WEIGHT_BASED = list(hs.strategies())
+STARTS = {name: registry.get(name)[0] for name in hs.strategies()}
+WEIGHT_BASED = [name for name, start in STARTS.items() if not start.needs and not start.quantizes]
 
 pytestmark = [
     pytest.mark.filterwarnings("error"),
@@ -305,6 +307,35 @@ def test_modules_that_train_in_full_go_along(bert: Callable[[], Any], tmp_path: 
     assert torch.equal(from_pretrained(bert(), tmp_path / "plain")(ids).logits, plain.eval()(ids).logits)
 
 
+def test_heads_of_which_one_names_the_other_train_both(tmp_path: Path) -> None:
+    """DistilBERT has a "classifier" and a "pre_classifier", which PEFT takes "classifier" for, too."""
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+    sizes = {"dim": 16, "hidden_dim": 32, "n_layers": 2, "n_heads": 2, "max_position_embeddings": 16}
+    original = DistilBertForSequenceClassification(DistilBertConfig(vocab_size=40, **sizes)).eval()
+    ids = torch.arange(16).reshape(2, 8)
+    config = hs.LoraConfig(r=2, target_modules=["q_lin"], task_type="SEQ_CLS", init_lora_weights="pissa")
+    native = hs.adapt(copy.deepcopy(original), config).model
+    model = get_peft_model(copy.deepcopy(original), config)
+    assert isinstance(model, peft.PeftModelForSequenceClassification)
+    for adapted in (native, model):
+        trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad and "lora_" not in name}
+        heads = {re.sub(r"\.(modules_to_save|trained)\.", ".", native_name(name)) for name in trained}
+        assert heads == {f"{head}.{leaf}" for head in ("pre_classifier", "classifier") for leaf in ("weight", "bias")}
+        for parameter in trained.values():
+            parameter.data += 0.1
+    wanted = model(ids).logits.detach()
+    assert torch.equal(native(ids).logits, wanted)
+    model.save_pretrained(tmp_path / "shell")
+    hs.save(native, tmp_path / "native")
+    for folder in (tmp_path / "shell", tmp_path / "native"):
+        assert torch.equal(from_pretrained(copy.deepcopy(original), folder)(ids).logits, wanted)
+        torch.testing.assert_close(in_plain_peft(copy.deepcopy(original), folder)(ids).logits, wanted)
+    given = hs.LoraConfig(r=2, target_modules=["q_lin"], modules_to_save=["classifier"])
+    with pytest.raises(BadOption, match="'pre_classifier' too in PEFT: write more of its name, or name both"):
+        get_peft_model(copy.deepcopy(original), given)
+
+
 def test_a_saved_adapter_can_be_of_a_smaller_rank(tmp_path: Path) -> None:
     case = case_of("linear")
     model: Any = train(case, get_peft_model(case.model(), case.config))
@@ -426,7 +457,7 @@ def test_a_plain_adapter_stands_beside_an_anchored_one(tmp_path: Path) -> None:
     model.add_adapter("pissa", peft.LoraConfig(r=3, target_modules=["left"], init_lora_weights="pissa_niter_4"))
     model.set_adapter("pissa")
     close(case.outputs(model), frozen_outputs(case))
-    with pytest.raises(UnknownInit):
+    with pytest.raises(MissingStatistic):
         model.add_adapter("eva", EVA)
     assert "eva" not in model.peft_config
 
@@ -532,7 +563,7 @@ def test_a_failing_second_adapter_leaves_the_first(monkeypatch: pytest.MonkeyPat
         (peft.LoraConfig(target_modules=["left"], lora_bias=True), BadOption, "lora_bias"),
         (peft.LoraConfig(target_modules=["left"], layer_replication=[(0, 1)]), BadOption, "layer_replication"),
         (peft.LoraConfig(target_modules=["left"], inference_mode=True), BadOption, "inference_mode"),
-        (EVA, UnknownInit, "eva"),
+        (EVA, MissingStatistic, "eva"),
         (hs.LoraConfig(target_modules=["left"], modules_to_save=["ight"]), hs.HeadstartError, "ight"),
         (hs.LoraConfig(target_modules=["left"], parts={"left": (True, False)}), BadOption, "parts"),
     ],

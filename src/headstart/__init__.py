@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from headstart.inits.strategy import Factors, Strategy, register
     from headstart.inits.strategy import names as strategies
     from headstart.lora.adapt import Adapter, MergeReport, adapt, merge, remove, unmerge
+    from headstart.lora.calibrate import calibrate
+    from headstart.lora.calibration import Calibration
     from headstart.lora.config import LoraConfig
+    from headstart.lora.optim import PreconditionedAdamW, lora_plus_groups, preconditioned_groups
+    from headstart.lora.redistribute import redistribute
     from headstart.lora.report import InitReport
 
 __version__ = "0.1.0"
@@ -27,21 +31,31 @@ _HOMES = {
     "files.checkpoint": ("load", "save"),
     "inits": ("Factors", "Strategy", "register"),
     "lora.adapt": ("Adapter", "MergeReport", "adapt", "merge", "remove", "unmerge"),
+    "lora.calibrate": ("calibrate",),
+    "lora.calibration": ("Calibration",),
     "lora.config": ("LoraConfig",),
+    "lora.optim": ("PreconditionedAdamW", "lora_plus_groups", "preconditioned_groups"),
+    "lora.redistribute": ("redistribute",),
     "lora.report": ("InitReport",),
 }
 
 __all__ = [
     "Adapter",
+    "Calibration",
     "Factors",
     "HeadstartError",
     "InitReport",
     "LoraConfig",
     "MergeReport",
+    "PreconditionedAdamW",
     "Strategy",
     "adapt",
+    "calibrate",
     "load",
+    "lora_plus_groups",
     "merge",
+    "preconditioned_groups",
+    "redistribute",
     "register",
     "remove",
     "save",

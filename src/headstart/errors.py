@@ -16,7 +16,10 @@ HeadstartError
 │   ├── MetaWeight         the values are needed and are not there
 │   └── SVDError           no route reached the certificate asked for
 ├── StatisticsError (ValueError)
-│   └── MissingStatistic   a strategy needs data and was given none
+│   ├── MissingStatistic   a strategy needs data and was given none
+│   ├── TooLittleData      fewer tokens than a start needs directions
+│   ├── NoSignal           a layer that never ran, or whose gradient is zero
+│   └── CalibrationError   data, a model or a loss that a pass cannot be made with
 ├── FileError (ValueError)
 │   ├── AdapterFormatError a file that is no adapter, or a malformed one
 │   ├── KeyMismatch        tensors missing, left over, or of another shape
@@ -97,6 +100,18 @@ class StatisticsError(HeadstartError, ValueError):
 
 class MissingStatistic(StatisticsError):
     """A strategy needs calibration data and was given none."""
+
+
+class TooLittleData(StatisticsError):
+    """The data holds fewer tokens than the start needs directions."""
+
+
+class NoSignal(StatisticsError):
+    """The data says nothing about a layer: it never ran, or its gradient is zero."""
+
+
+class CalibrationError(StatisticsError):
+    """The pass over the data cannot be made: no batch, no loss, a NaN, not enough memory."""
 
 
 class FileError(HeadstartError, ValueError):

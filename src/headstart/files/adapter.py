@@ -27,6 +27,7 @@ from headstart.files.fields import check_config, check_origin
 from headstart.files.header import parse_object, read_header, read_json
 
 CONFIG, TENSORS, REPORT = "adapter_config.json", "adapter_model.safetensors", "init_report.json"
+TAKEN = "quantized_base.safetensors"  # see quantized_base.py
 PREFIX = "base_model.model."
 METADATA = "headstart"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -79,6 +80,7 @@ class AdapterFile:
     Attributes:
         config: PEFT's fields; entries: the layers by path; extras: every other tensor, by name without the prefix;
         provenance: what headstart wrote about its origin, empty for other people's files.
+        taken: by path, the pair that was taken from a weight before it was quantised.
     """
 
     folder: Path
@@ -86,6 +88,7 @@ class AdapterFile:
     entries: Mapping[str, Entry]
     extras: Mapping[str, Tensor]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    taken: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 def plain_name(path: str) -> str:
@@ -129,6 +132,7 @@ def write_adapter(
     extras: Mapping[str, Tensor],
     provenance: Mapping[str, Any],
     more: Mapping[str, str] | None = None,
+    taken: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write an adapter folder, whole or not at all.
 
@@ -137,6 +141,7 @@ def write_adapter(
         entries: its layers; config: PEFT's fields; extras: other tensors by name, without the prefix.
         provenance: plain values about its origin, for the metadata.
         more: other text files to write with it, by name.
+        taken: the tensors of `quantized_base.safetensors`, where there are any.
     """
     tensors = {key: value for entry in entries for key, value in entry.tensors().items()}
     tensors |= {f"{PREFIX}{name}": value for name, value in extras.items()}
@@ -146,6 +151,9 @@ def write_adapter(
     metadata = {"format": "pt", METADATA: json.dumps({**provenance, "adapter_config": json.loads(text)})}
     size = sum(t.numel() * t.element_size() for t in tensors.values()) + len(text) + len(metadata[METADATA])
     writers: dict[str, atomic.Writer] = {n: atomic.text_writer(t) for n, t in (more or {}).items()}
+    if taken:
+        apart = {name: _separate(value) for name, value in taken.items()}
+        writers[TAKEN] = lambda path: _write_tensors(path, apart, {"format": "pt"})
     writers[TENSORS] = lambda path: _write_tensors(path, tensors, metadata)
     writers[CONFIG] = atomic.text_writer(text)
     atomic.write_files(folder, writers, size=size)
@@ -189,7 +197,7 @@ def find_adapter(path: str | Path) -> Path:
     except ImportError as error:
         raise AdapterFormatError(f"{path} is no folder; to load it from the hub, install huggingface_hub") from error
     try:
-        return Path(snapshot_download(str(path), allow_patterns=[CONFIG, TENSORS, REPORT]))
+        return Path(snapshot_download(str(path), allow_patterns=[CONFIG, TENSORS, REPORT, TAKEN]))
     except Exception as error:
         raise AdapterFormatError(f"{path} is no local folder, and the hub gave none: {error}") from error
 
@@ -224,7 +232,26 @@ def read_adapter(path: str | Path, *, allow_nonfinite: bool = False) -> AdapterF
     named = {path for table in ("anchored", "frozen", "parts", "base") for path in provenance.get(table) or {}}
     if named - set(entries):
         raise KeyMismatch(f"{folder} has lost the tensors of {few(sorted(named - set(entries)))}: save it again")
-    return AdapterFile(folder, config, entries, extras, provenance)
+    return AdapterFile(folder, config, entries, extras, provenance, _taken(folder, provenance))
+
+
+def _taken(folder: Path, provenance: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+    """What the second file holds of what the metadata promises."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    paths = [path for recipe in provenance.get("quantized", ()) for path in recipe["taken"]]
+    if not paths:
+        return {}
+    try:
+        read_header(folder / TAKEN)
+        tensors = load_file(folder / TAKEN)
+        found = {path: (tensors[f"{path}.A"], tensors[f"{path}.B"]) for path in paths}
+    except (OSError, SafetensorError, KeyError) as error:
+        raise KeyMismatch(f"{folder / TAKEN} is missing or damaged ({error}): copy the whole folder") from error
+    if not all(bool(tensor.isfinite().all()) for pair in found.values() for tensor in pair):
+        raise KeyMismatch(f"{folder / TAKEN} holds NaN or infinity")
+    return found
 
 
 def _config(folder: Path, provenance: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,11 +7,11 @@ the same function.
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from headstart.errors import AdapterFormatError, KeyMismatch, NoTarget, WrongBase, nearest
+from headstart.files import quantized_base
 from headstart.files.adapter import (
     REPORT,
     AdapterFile,
@@ -32,16 +33,17 @@ from headstart.files.adapter import (
     write_adapter,
 )
 from headstart.files.fields import VERSION
-from headstart.lora import adapt, matrix
+from headstart.files.quantized_base import sample
+from headstart.lora import adapt, matrix, quantized
 from headstart.lora.adapt import Adapter
 from headstart.lora.config import Holders, LoraConfig, Target, check_rank, holders_of
 from headstart.lora.delta import Branch, plain_lora
 from headstart.lora.layers import LoraEmbedding, LoraExperts, LoraLayer, Start, TrainedModule, frozen_module
+from headstart.lora.rebase import Base
 from headstart.lora.report import InitReport
 
 # Names of modules that wrapping put there.
 _INNER = re.compile(r"\.(lora_[AB]|trained|original_module)(\.|$)")
-_SAMPLES = 4
 OUTPUT = ".base_layer.out_proj"  # of an attention
 
 
@@ -79,10 +81,13 @@ def save(model: nn.Module, path: str | Path, *, rank: int | None = None) -> dict
             "Load this adapter with headstart, or merge it",
             stacklevel=2,
         )
+    if said := quantized_base.warning(_bases(layers)):
+        warnings.warn(said, stacklevel=2)
     extras = _extras(adapter)
     sharded = any(matrix.is_sharded(factor) for layer in layers.values() for factor in layer.factors)
     if not sharded or torch.distributed.get_rank() == 0:
-        write_adapter(Path(path), entries, config, extras, origin, {REPORT: adapter.report.to_json()})
+        taken = quantized_base.taken_from(_bases(layers))
+        write_adapter(Path(path), entries, config, extras, origin, {REPORT: adapter.report.to_json()}, taken)
     return dropped if rank is not None else {}
 
 
@@ -94,7 +99,7 @@ def _is_misread(module: nn.Module) -> bool:
 
 
 def _entry(name: str, layer: LoraLayer, rank: int | None) -> tuple[Entry, float]:
-    A, B = (matrix.whole(factor) for factor in layer.factors)
+    A, B = (matrix.whole(factor.detach()) for factor in layer.plain_factors)
     (A, B), file_rank, lost = plain_lora(layer.layout, Branch(A, B, layer.scaling, layer.anchor), layer.rank, rank)
     A, B = layer.layout.to_file(A, B)
     file_rank *= layer.layout.copies
@@ -209,7 +214,8 @@ def _provenance(report: InitReport, layers: Mapping[str, LoraLayer], truncated: 
         report,
         anchored={} if truncated else {n: layer.rank for n, layer in layers.items() if layer.anchor is not None},
         frozen={n: letters for n, layer in layers.items() if (letters := _frozen(layer))},
-        weights={n: layer.original for n, layer in layers.items()},
+        weights={n: layer.original_values for n, layer in layers.items()},
+        bases=_bases(layers),
         parts={n: spans for n, layer in layers.items() if (spans := _ranges(layer))},
     )
 
@@ -218,25 +224,35 @@ def provenance(
     report: InitReport,
     anchored: Mapping[str, int],
     frozen: Mapping[str, str],
-    weights: Mapping[str, Tensor],
+    weights: Mapping[str, Callable[[], Tensor]],
+    bases: quantized_base.Bases,
     parts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What the metadata says about an adapter's origin, by the layers' paths.
 
     Args:
         anchored: the rank of the layers whose first r rows and columns are the trained factors, the others anchors.
-        frozen: the factors that do not train. weights: the base's. parts: the row ranges of fused projections.
+        frozen: the factors that do not train. weights: what reads the base's. bases: those that are quantised.
+        parts: the row ranges of fused projections.
     """
+    quantised = quantized_base.described(bases)
     return {
         "format": VERSION,
         "strategy": report.strategy,
-        "options": {name: value for name, value in report.options.items() if value is not None},
+        "options": {name: value for name, value in report.options.items() if value is not None and name != "original"},
         "seed": report.seed,
         "anchored": dict(anchored),
         "frozen": dict(frozen),
         "parts": dict(parts or {}),
-        "base": {name: sample(weight) for name, weight in weights.items()},
+        "base": {name: sample(read()) for name, read in weights.items()},
+        **({"quantized": quantised} if quantised else {}),
     }
+
+
+def _bases(layers: Mapping[str, LoraLayer]) -> dict[str, tuple[Base, Callable[[], Tensor]]]:
+    """The quantised bases that the factors of some layers make up for."""
+    found = ((name, layer, layer.base) for name, layer in layers.items())
+    return {name: (base, layer.frozen_values) for name, layer, base in found if base is not None}
 
 
 def _ranges(layer: LoraLayer) -> list[tuple[int, int]]:
@@ -245,15 +261,6 @@ def _ranges(layer: LoraLayer) -> list[tuple[int, int]]:
 
 def _frozen(layer: LoraLayer) -> str:
     return "".join(name for name, factor in zip("AB", layer.factors, strict=True) if not factor.requires_grad)
-
-
-def sample(weight: Tensor) -> list[float]:
-    """A few elements of a weight, by which its model is recognised. Not of a sharded one, which would be gathered."""
-    if matrix.is_sharded(weight):
-        return []
-    flat = weight.detach().reshape(-1)
-    index = torch.linspace(0, flat.numel() - 1, _SAMPLES + 2)[1:-1].long().to(flat.device)
-    return [] if flat.is_meta else [float(f"{value:.4g}") for value in flat[index].float().tolist()]
 
 
 def load(model: nn.Module, path: str | Path, *, trainable: bool = False, strict: bool = True) -> Adapter:
@@ -294,7 +301,7 @@ class Plan:
 def plan_load(model: nn.Module, file: AdapterFile, strict: bool = True) -> Plan:
     """Check a file against a plain model. Changes nothing."""
     config = config_of(file, [name for name, _ in model.named_modules()])
-    sites, holders = _sites(model, file), holders_of(model)
+    sites, holders = sites_of(model, file), holders_of(model)
     starts = []
     # The innermost of nested layers first, as they were installed.
     attentions = [path for path, (module, _) in sites.items() if isinstance(module, nn.MultiheadAttention)]
@@ -305,7 +312,8 @@ def plan_load(model: nn.Module, file: AdapterFile, strict: bool = True) -> Plan:
         starts.append((target, start_of_entry(entry, target, file, config.lora_dropout)))
     if strict:
         _check_complete(model, {module for module, _ in sites.values()}, file)
-        check_base({path: matrix.parameter_of(*site) for path, site in sites.items()}, file)
+        held = {path for path, site in sites.items() if quantized.is_quantized(matrix.parameter_of(*site))}
+        check_bases({path: partial(matrix.values, *site) for path, site in sites.items()}, held, file)
     biases = set(adapt.trained_biases(model, starts, config))
     return Plan(config, starts, _checked_extras(model, file, config, biases, strict), report_of(file))
 
@@ -337,7 +345,7 @@ def config_of(file: AdapterFile, modules: Sequence[str]) -> LoraConfig:
     )
 
 
-def _sites(model: nn.Module, file: AdapterFile) -> dict[str, tuple[nn.Module, str]]:
+def sites_of(model: nn.Module, file: AdapterFile) -> dict[str, tuple[nn.Module, str]]:
     """The module and the parameter that each entry adapts."""
     found: dict[str, tuple[nn.Module, str]] = {}
     names = dict(model.named_modules(remove_duplicate=False))
@@ -393,7 +401,7 @@ def start_of_entry(entry: Entry, target: Target, file: AdapterFile, dropout: flo
         KeyMismatch: if its shapes are not those of the target.
     """
     weight = matrix.parameter_of(target.module, target.parameter)
-    _check_shapes(entry, target, weight, file)
+    _check_shapes(entry, target, matrix.outline(target.module, target.parameter), file)
     A, B = target.layout.from_file(entry.A, entry.B)
     anchor, rank = None, target.rank
     if entry.path in file.provenance.get("anchored", {}):
@@ -414,6 +422,7 @@ def start_of_entry(entry: Entry, target: Target, file: AdapterFile, dropout: flo
         anchor=None if anchor is None else (_factor(anchor[0], device), _factor(anchor[1], device)),
         frozen=frozenset(file.provenance.get("frozen", {}).get(entry.path, "")),
         dropout=dropout,
+        base=quantized_base.base_of(entry.path, target, file),
         magnitude=None if magnitude is None else _factor(magnitude.flatten(), device),
     )
 
@@ -430,7 +439,7 @@ def _halves(A: Tensor, B: Tensor) -> tuple[matrix.Pair, matrix.Pair]:
 
 def _check_shapes(entry: Entry, target: Target, weight: Tensor, file: AdapterFile) -> None:
     """Compare the file's shapes with those that the layer would write itself."""
-    blocks = target.layout.blocks(weight.detach())
+    blocks = target.layout.blocks(weight)
     try:
         rank = target.layout.block_rank(target.rank)
     except ValueError:
@@ -453,23 +462,32 @@ def _check_shapes(entry: Entry, target: Target, weight: Tensor, file: AdapterFil
         raise KeyMismatch(f"{file.folder}: the magnitude of {entry.name!r} has {entry.magnitude.numel()} elements")
 
 
-def check_base(weights: Mapping[str, Tensor], file: AdapterFile) -> None:
+def check_bases(weights: Mapping[str, Callable[[], Tensor]], held: set[str], file: AdapterFile) -> None:
+    """Refuse another base model, or another quantised form of it.
+
+    Args:
+        weights: what reads the adapted weights, by the layer's path; held: those that the model itself holds quantised.
+    """
+    known = held & {path for path, _, _ in quantized_base.recipes_of(file)}
+    check_base({path: read for path, read in weights.items() if path not in known}, file)
+    quantized_base.check_held({path: weights[path] for path in known}, file)
+
+
+def check_base(weights: Mapping[str, Callable[[], Tensor]], file: AdapterFile) -> None:
     """Refuse another base model: the same shapes, other values.
 
     Args:
-        weights: the adapted weights by the layer's path.
+        weights: what reads the adapted weights, by the layer's path.
     """
     samples: Mapping[str, Any] = file.provenance.get("base", {})
     pairs: list[tuple[float, float]] = []
     for path, values in samples.items():
         if path in weights:
-            pairs += zip(values, sample(weights[path]), strict=False)
-    size = math.sqrt(sum(a * a for a, _ in pairs))
-    apart = math.sqrt(sum((a - b) ** 2 for a, b in pairs))
+            pairs += zip(values, sample(weights[path]()), strict=False)
     # A quantised or rounded copy of the base differs by a few percent, another model by more than all of it.
-    if size and apart > 0.5 * size:
+    if (distance := quantized_base.apart(pairs)) > 0.5:
         raise WrongBase(
-            f"{file.folder} was made for another base: sampled weights differ by {apart / size:.0%} of their size. "
+            f"{file.folder} was made for another base: sampled weights differ by {distance:.0%} of their size. "
             "Load that base, or pass strict=False if you mean this one"
         )
 

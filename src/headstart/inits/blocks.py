@@ -1,10 +1,11 @@
-"""A weight a few lines of its memory at a time, so that a half-precision one is never copied whole."""
+"""A weight a few lines of its memory at a time, and products with it, so that it is never copied whole."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 BLOCK = 1 << 17  # numbers that are cast at a time
@@ -25,3 +26,11 @@ def blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, slice, T
         part, whole = slice(start, min(start + step, lines)), slice(0, length)
         rows, columns = (whole, part) if by_columns else (part, whole)
         yield rows, columns, weight[rows, columns].detach().to(dtype)
+
+
+def times(weight: Float[Tensor, "m n"], X: Float[Tensor, "n k"]) -> Float[Tensor, "m k"]:
+    """W·X in X's dtype; `times(W.T, Y).T` is Yᵀ·W."""
+    product = X.new_zeros(weight.shape[0], X.shape[1])
+    for rows, columns, block in blocks(weight, X.dtype):
+        product[rows].addmm_(block, X[columns])
+    return product

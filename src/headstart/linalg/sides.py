@@ -23,7 +23,10 @@ TINY = 2.0**-50  # Outside [TINY, 1/TINY] the squares of a float32 weight need r
 
 
 class Operator(Protocol):
-    """A matrix W that is known by its products alone."""
+    """A matrix W that is known by its products alone.
+
+    It may have a `floor`: singular values below it are noise, and count as zero.
+    """
 
     @property
     def shape(self) -> tuple[int, int]: ...
@@ -53,6 +56,7 @@ class Dense:
         self.dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.device = weight.device
         self.norm: float | None = None
+        self.floor = 0.0
 
     @property
     def scale(self) -> float:
@@ -134,6 +138,7 @@ class Implicit:
         self.dtype = torch.float64 if operator.dtype == torch.float64 else torch.float32
         self.device = operator.device
         self.scale = 1.0
+        self.floor = float(getattr(operator, "floor", 0.0))
 
     def screen(self) -> bool:
         probe = torch.randn(1, self.short, generator=torch.Generator().manual_seed(0)).to(self.device, self.dtype)

@@ -79,7 +79,8 @@ def spectrum_in(
     del image
     left, values, right = torch.linalg.svd(R.to("cpu", torch.float64))
     S = values[:k]
-    rank = int((8 * torch.finfo(sides.dtype).eps * max(top, float(S[0])) < S).sum())
+    zero = max(8 * torch.finfo(sides.dtype).eps * max(top, float(S[0])), sides.floor / sides.scale)
+    rank = int((zero < S).sum())
     P, turn = left[:, :k].to(X.device, X.dtype), right[:k].to(X.device, X.dtype)
     short, long = (turn @ X).t(), Q @ P
     found = S[:rank].to(X.device, X.dtype)

@@ -10,21 +10,32 @@ import copy
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from headstart import linalg
-from headstart.errors import AdapterState, HeadstartError, MetaWeight, NonFiniteWeight, UnsupportedLayer
+from headstart.errors import (
+    AdapterState,
+    BadOption,
+    HeadstartError,
+    MetaWeight,
+    MissingStatistic,
+    NonFiniteWeight,
+    NoSignal,
+    UnsupportedLayer,
+)
 from headstart.inits.strategy import Factors
-from headstart.lora import matrix
+from headstart.lora import matrix, quantized, rebase
+from headstart.lora.calibrate import calibrate
+from headstart.lora.calibration import Calibration
 from headstart.lora.config import Holders, LoraConfig, Target, holders_of, targets, with_heads
 from headstart.lora.delta import Branch, NormCache, row_norms
-from headstart.lora.layers import LoraLayer, Start, TrainedModule, lora_layers, wrap
+from headstart.lora.layers import LoraLayer, Start, TrainedModule, frozen_module, lora_layers, wrap
 from headstart.lora.layers.encoder import Switch, switches
 from headstart.lora.report import InitReport, LayerReport
 
@@ -64,14 +75,15 @@ class Adapter:
 
     def count(self) -> tuple[int, int]:
         """Trainable and all parameters."""
-        return sum(p.numel() for p in self.parameters()), sum(p.numel() for p in self.model.parameters())
+        trained = sum(p.numel() for p in self.parameters())
+        return trained, sum(quantized.elements(p) for p in self.model.parameters())
 
     @contextmanager
     def disabled(self) -> Iterator[nn.Module]:
         """Within this context the model is the base model, to the bit."""
         switches = [m for m in self.model.modules() if isinstance(m, LoraLayer | TrainedModule)]
         before = [module.enabled for module in switches]
-        merged = [(layer, layer.weight_parameter.data) for layer in self.layers().values() if layer.merged]
+        merged = [(layer, layer.weight_parameter) for layer in self.layers().values() if layer.merged]
         biases = self.trained_biases()
         trained = {name: bias.data for name, bias in biases.items()}
         try:
@@ -113,12 +125,22 @@ class Adapter:
         return f"Adapter({self.config.strategy.name!r}, {len(self.layers())} layers, {self})"
 
 
-def adapt(model: nn.Module, config: LoraConfig | None = None) -> Adapter:
+def adapt(
+    model: nn.Module,
+    config: LoraConfig | None = None,
+    *,
+    data: Iterable[Any] | None = None,
+    calibration: Calibration | None = None,
+    **options: Any,
+) -> Adapter:
     """Install low-rank adapters in a model, in place, and freeze the rest.
 
     Args:
         model: any module; its frozen weights are never written to.
         config: what to adapt and how; `LoraConfig()` where it is left out.
+        data: batches for a strategy that looks at data, as `calibrate` takes them.
+        calibration: instead of data, what `calibrate` found.
+        options: of `calibrate`, with data: preserve, loss, batches, memory_limit, …
 
     Returns:
         The adapter. The model computes the function it computed before, unless the strategy is one whose point is
@@ -134,36 +156,81 @@ def adapt(model: nn.Module, config: LoraConfig | None = None) -> Adapter:
     """
     check_plain(model)
     config = with_heads(model, config or LoraConfig())
-    return install(model, config, *prepare(model, config))
+    return install(model, config, *prepare(model, config, measured(model, config, data, calibration, **options)))
 
 
-def prepare(model: nn.Module, config: LoraConfig) -> tuple[list[tuple[Target, Start]], InitReport]:
+def measured(
+    model: nn.Module,
+    config: LoraConfig,
+    data: Iterable[Any] | None = None,
+    calibration: Calibration | None = None,
+    **options: Any,
+) -> Calibration | None:
+    """What the config's strategy needs to know: given, or found in the data now.
+
+    Raises:
+        BadOption: if it is given what it does not look at. MissingStatistic: if it is given nothing.
+    """
+    needs = config.strategy.needs
+    if not needs:
+        if data is not None or calibration is not None or options:
+            raise BadOption(f"init {config.strategy.name!r} looks at no data: leave data and its options out")
+        return None
+    if calibration is not None:
+        if data is not None or options:
+            raise BadOption("a calibration is what was found in data already: pass one or the other")
+        return calibration
+    if data is None:
+        raise MissingStatistic(
+            f"init {config.strategy.name!r} looks at the data ({', '.join(needs)}): pass data=, batches that the "
+            "model's forward accepts"
+        )
+    return calibrate(model, config, data, **options)
+
+
+def prepare(
+    model: nn.Module, config: LoraConfig, calibration: Calibration | None = None
+) -> tuple[list[tuple[Target, Start]], InitReport]:
     """Every layer's start, and how they were found. Changes nothing."""
     began = time.perf_counter()
     chosen = targets(model, config)
     starts, layers = [], []
     for target in chosen:
-        start, layer = start_of(target, config)
+        start, layer = start_of(target, config, calibration)
         starts.append((target, start))
         layers.append(layer)
     seconds = time.perf_counter() - began
-    return starts, InitReport(config.strategy.name, config.options, config.seed, tuple(layers), seconds)
+    data = None if calibration is None else calibration.facts()
+    return starts, InitReport(config.strategy.name, config.options, config.seed, tuple(layers), seconds, data)
 
 
-def start_of(target: Target, config: LoraConfig) -> tuple[Start, LayerReport]:
+def start_of(target: Target, config: LoraConfig, calibration: Calibration | None = None) -> tuple[Start, LayerReport]:
     """One layer's start, from its strategy. Changes nothing."""
     try:
-        return _start_of(target, config)
+        return _start_of(target, config, calibration)
+    except NoSignal as error:
+        if config.init_fallback is None:
+            raise NoSignal(f"{error} (layer {target.name!r}, init {config.strategy.name!r})") from error
+        instead = replace(config, init_lora_weights=config.init_fallback, init_options={}, init_fallback=None)
+        start, report = start_of(target, instead)
+        return start, replace(report, facts=({"note": f"started with {config.init_fallback!r}: {error}"},))
     except HeadstartError as error:
         raise type(error)(f"{error} (layer {target.name!r}, init {config.strategy.name!r})") from error
 
 
-def _start_of(target: Target, config: LoraConfig) -> tuple[Start, LayerReport]:
-    weight = matrix.parameter_of(target.module, target.parameter).detach()
+def _start_of(target: Target, config: LoraConfig, calibration: Calibration | None) -> tuple[Start, LayerReport]:
+    stored = matrix.parameter_of(target.module, target.parameter)
+    material = _material(target, config)
+    weight = _weight(target, config) if material is None else material.weight
     blocks = target.layout.blocks(weight)
     rank = target.layout.block_rank(target.rank)
-    found = [_factors(block, rank, f"{target.name}:{i}", target, config) for i, block in enumerate(blocks)]
-    A, B = (_placed(factor, weight) for factor in target.layout.pack([(f.A, f.B) for f in found]))
+    needs = config.strategy.needs
+    known = [{} if calibration is None else calibration.of(target.name, needs, i) for i in range(len(blocks))]
+    if material is not None:
+        known = [{**given, "quantize": quantize} for given, quantize in zip(known, material.maps, strict=True)]
+    found = [_factors(block, rank, i, target, config, known[i]) for i, block in enumerate(blocks)]
+    base = None if material is None else rebase.base_of(material, target.layout, found)
+    A, B = (_placed(factor, stored) for factor in target.layout.pack([(f.A, f.B) for f in found]))
     anchored = found[0].anchored
     start = Start(
         A=A,
@@ -173,15 +240,40 @@ def _start_of(target: Target, config: LoraConfig) -> tuple[Start, LayerReport]:
         scaling=target.scaling,
         anchor=(A.clone(), B.clone()) if anchored else None,
         frozen=found[0].frozen,
+        core=None if found[0].core is None else torch.stack([_core(f).to(A) for f in found]),
+        base=None if base is None else base.to(A.device),
         dropout=config.lora_dropout,
     )
     if config.use_dora:
+        if material is not None:
+            own = matrix.values(target.module, target.parameter)
+            weight = own if base is None or base.weight is None else base.weight
         start = replace(start, magnitude=_magnitude(target, weight, start))
     facts = tuple(dict(f.facts) for f in found if f.facts)
     return start, LayerReport(target.name, tuple(weight.shape), target.rank, target.scaling, anchored, facts)
 
 
-def _factors(block: Tensor, rank: int, name: str, target: Target, config: LoraConfig) -> Factors:
+def _weight(target: Target, config: LoraConfig) -> Tensor:
+    """The weight's values; only its shape where nobody reads them and a quantised one would have to be unpacked."""
+    read = matrix.values if config.strategy.reads_weight or config.use_dora else matrix.outline
+    return read(target.module, target.parameter)
+
+
+def _material(target: Target, config: LoraConfig) -> rebase.Material | None:
+    """What a start that quantises works on."""
+    if not config.strategy.quantizes:
+        return None
+    return rebase.material(target.name, target.module, target.parameter, target.layout, config.options)
+
+
+def _core(factors: Factors) -> Tensor:
+    assert factors.core is not None
+    return factors.core
+
+
+def _factors(
+    block: Tensor, rank: int, index: int, target: Target, config: LoraConfig, known: Mapping[str, object]
+) -> Factors:
     strategy = config.strategy
     if block.dtype not in _READABLE:
         raise UnsupportedLayer(f"a weight of {block.dtype} is quantised: load the model in bf16, fp16 or fp32")
@@ -190,7 +282,8 @@ def _factors(block: Tensor, rank: int, name: str, target: Target, config: LoraCo
         "rank": rank,
         "scaling": target.scaling,
         "kind": target.layout.kind,
-        "generator": linalg.named_generator(config.seed, strategy.name, name),
+        "generator": linalg.named_generator(config.seed, strategy.name, f"{target.name}:{index}"),
+        **known,
     }
     if strategy.reads_weight:
         if block.is_meta:
@@ -322,7 +415,8 @@ class MergeReport:
 
     Attributes:
         lost: by layer, the share of the update that rounding to the weight's dtype took away, ‖(W' − W) − Δ‖/‖Δ‖,
-            measured on sampled rows.
+            measured on sampled rows. A quantised weight is quantised anew, and the error of that is what is lost, over
+            all rows: above 1 it is larger than the update.
     """
 
     lost: Mapping[str, float]
@@ -333,9 +427,14 @@ class MergeReport:
 
 
 def merge(model: nn.Module, *, reversible: bool = False) -> MergeReport:
-    """Fold the adapter into the weights; every element is the exact sum, rounded once.
+    """Fold the adapter into the weights.
 
-    The merged weights are new tensors: what shares a weight with an adapted layer keeps its own.
+    In float16 and bfloat16 every element is the float64 sum, rounded once. In float32 it is a chain of
+    multiply-adds, wrong by a few ulp of its terms. With DoRA it is computed in float64 and then cast.
+
+    The merged weights are new tensors, which are all there before the first is put in: a merge needs memory for one
+    more copy of the adapted weights, and a reversible one keeps both. What shares a weight with an adapted layer keeps
+    its own.
 
     Args:
         model: an adapted model.
@@ -356,11 +455,10 @@ def merge(model: nn.Module, *, reversible: bool = False) -> MergeReport:
         raise AdapterState("the model is sharded: save the adapter, and merge it into the whole base")
     with torch.no_grad():
         check_finite(layers, "merged")
-        weights = {name: layer.merged_weight() for name, layer in layers.items()}
-        lost = {name: _lost(layers[name], weights[name]) for name in layers}
+        found = {name: _merged(layer) for name, layer in layers.items()}
     shared = _shared(model, layers)
     for name, layer in layers.items():
-        layer.merge(weights[name])
+        layer.merge(found[name][0])
     if shared:
         warnings.warn(
             f"{', '.join(shared)} shared a weight with other modules and has one of its own now; "
@@ -374,7 +472,7 @@ def merge(model: nn.Module, *, reversible: bool = False) -> MergeReport:
             layer.forget_original()
             layer.weight_parameter.requires_grad_(flag)
         _take_out(adapter, keep_trained=True)
-    return MergeReport(lost)
+    return MergeReport({name: lost for name, (_, lost) in found.items()})
 
 
 def check_finite(layers: Mapping[str, LoraLayer], purpose: str) -> None:
@@ -385,9 +483,21 @@ def check_finite(layers: Mapping[str, LoraLayer], purpose: str) -> None:
             raise NonFiniteWeight(f"a factor holds NaN or infinity: this adapter cannot be {purpose} (layer {name!r})")
 
 
+def _merged(layer: LoraLayer) -> tuple[nn.Parameter, float]:
+    """The merged parameter, and the share of the update that it lost."""
+    weight = layer.merged_weight()
+    parameter = matrix.stored(weight, like=layer.original)
+    if not quantized.is_quantized(parameter):
+        return parameter, _lost(layer, weight)
+    module = frozen_module(layer)
+    update = torch.linalg.vector_norm(weight.double() - layer.frozen_values().double())
+    error = torch.linalg.vector_norm(matrix.dense(parameter, module).double() - weight.double())
+    return parameter, float(error / update) if update else 0.0
+
+
 def _lost(layer: LoraLayer, merged: Tensor, rows: int = 16) -> float:
     """The share of the update that rounding took, on evenly spaced rows of the first block."""
-    block, new = layer.layout.blocks(layer.original.detach())[0], layer.layout.blocks(merged)[0]
+    block, new = layer.layout.blocks(layer.frozen_values())[0], layer.layout.blocks(merged)[0]
     if layer.magnitude is not None or block.dtype in (torch.float32, torch.float64):
         return 0.0
     A, B = layer.branch().pairs(layer.layout)[0]

@@ -45,6 +45,8 @@ class LoraConfig:
         exclude_modules: the same, taken away.
         init_lora_weights: the strategy, by its name or by PEFT's spelling (`headstart inits` lists them).
         init_options: the strategy's own options.
+        init_fallback: for a strategy that looks at data, the init of layers about which the data says nothing (an
+            expert that is never chosen); left out, such a layer is an error.
         use_rslora: scale by α/√r.
         use_dora: train the norm of every output row apart from its direction (DoRA).
         bias: the biases that train: "none", "all" of the model, or "lora_only", those of adapted layers.
@@ -78,6 +80,7 @@ class LoraConfig:
     exclude_modules: str | Sequence[str] | None = None
     init_lora_weights: str | bool = True
     init_options: Mapping[str, Any] = field(default_factory=dict)
+    init_fallback: str | bool | None = None
     use_rslora: bool = False
     use_dora: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
@@ -105,7 +108,9 @@ class LoraConfig:
             raise BadOption(f"bias is {self.bias!r}: choose 'none', 'all' or 'lora_only'")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise BadOption(f"seed is {self.seed!r}: choose an integer")
-        self.strategy.check_options(self.options)
+        self._check_options()
+        if self.init_fallback is not None and strategy.get(self.init_fallback)[0].needs:
+            raise BadOption(f"init_fallback {self.init_fallback!r} looks at data itself: choose 'kaiming' or 'pissa'")
         self._check_combinations()
 
     @property
@@ -140,6 +145,16 @@ class LoraConfig:
             raise BadAlpha(f"{name} is {alpha!r}: choose a finite number")
         if alpha <= 0 and self.strategy.divides_by_scaling:
             raise BadAlpha(f"{name} is {alpha}: {self.strategy.name!r} divides by s and needs a positive one")
+
+    def _check_options(self) -> None:
+        for name, said in strategy.get(self.init_lora_weights)[1].items():
+            given = self.init_options.get(name, said)
+            if given != said:
+                raise BadOption(
+                    f"init_lora_weights {self.init_lora_weights!r} says {name}={said!r} and init_options says "
+                    f"{name}={given!r}: leave one of them out"
+                )
+        self.strategy.check_options(self.options)
 
     def _check_combinations(self) -> None:
         patterned = isinstance(self.target_modules, str)
@@ -265,7 +280,7 @@ def _target(name: str, module: nn.Module, holders: Holders, parameter: str, conf
         rank = _first(config.rank_pattern, name, matches_pattern) or config.r
         alpha = _first(config.alpha_pattern, name, matches_pattern)
         alpha = config.lora_alpha if alpha is None else alpha
-        blocks = layout.blocks(matrix.parameter_of(module, parameter))
+        blocks = layout.blocks(matrix.outline(module, parameter))
         largest = matrix.largest_rank([block.shape for block in blocks])
         if config.clip_rank:
             rank = min(rank, largest * rank // layout.block_rank(rank))

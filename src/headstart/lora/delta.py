@@ -9,13 +9,14 @@ Functions of tensors and a layout: both shells call them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from headstart import linalg
-from headstart.lora import matrix
+from headstart.lora import matrix, quantized
 from headstart.lora.matrix import Layout, Pair
 
 
@@ -28,6 +29,7 @@ class Branch:
         anchor: (A₀, B₀), stored alike, where the start must not move the function.
         dropout: the probability that holds now, zero in evaluation.
         magnitude, norm: DoRA's m and ‖W + ΔW‖, (m,).
+        base: what stands in W's place, as W is stored.
     """
 
     A: Tensor
@@ -37,6 +39,7 @@ class Branch:
     dropout: float = 0.0
     magnitude: Tensor | None = None
     norm: Tensor | None = None
+    base: Tensor | None = None
 
     def pairs(self, layout: Layout) -> list[Pair]:
         """The blocks' (A, B) with s·B·A the change of each block, without gradients."""
@@ -144,23 +147,39 @@ class NormCache:
         return NormCache, ()
 
 
-def row_norms(layout: Layout, weight: Tensor, branch: Branch, cache: NormCache, training: bool) -> Tensor:
-    """‖W + ΔW‖ of every row of the matrix view, (m,), float32; never through a dense ΔW."""
-    weight = weight.detach()
+def row_norms(
+    layout: Layout,
+    weight: Tensor,
+    branch: Branch,
+    cache: NormCache,
+    training: bool,
+    read: Callable[[], Tensor] | None = None,
+) -> Tensor:
+    """‖W + ΔW‖ of every row of the matrix view, (m,), float32; never through a dense ΔW.
+
+    Args:
+        weight: by which the cache is kept; read: its values, asked for when they are needed, where it holds codes.
+    """
+    read = read or weight.detach
     sources = (weight, branch.A, branch.B)
     layout, branch = _whole(layout, branch)
     if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in sources):
-        return _row_norms(layout, weight, branch, None)
-    squared_key = (weight.data_ptr(), weight._version)
-    if cache.squared_key != squared_key:
-        cache.squared = [linalg.row_norms_squared(block) for block in layout.blocks(weight)]
-        cache.squared_key, cache.key = squared_key, ()
-    key = tuple((tensor.data_ptr(), tensor._version) for tensor in sources)
+        return _row_norms(layout, read(), branch, None)
+    key = tuple(map(_stamp, sources))
     # In training, optimisers may write through .data, which no version counter sees.
     if training or cache.norms is None or cache.key != key or cache.overwritten(branch):
-        cache.norms, cache.key = _row_norms(layout, weight, branch, cache.squared), key
+        values = read()
+        if cache.squared_key != key[0]:
+            cache.squared = [linalg.row_norms_squared(block) for block in layout.blocks(values)]
+            cache.squared_key = key[0]
+        cache.norms, cache.key = _row_norms(layout, values, branch, cache.squared), key
         cache.remember(branch)
     return cache.norms
+
+
+def _stamp(tensor: Tensor) -> tuple[int, int]:
+    """What changes when a tensor is replaced or written to. Those of torchao have no memory of their own."""
+    return id(tensor) if quantized.is_quantized(tensor) else tensor.data_ptr(), tensor._version
 
 
 def _row_norms(layout: Layout, weight: Tensor, branch: Branch, squared: list[Tensor] | None) -> Tensor:

@@ -13,6 +13,7 @@ A `Layout` also says how the blocks' factors are stored as two tensors, and how 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from headstart.errors import BadOption, BadRank, UnsupportedLayer
+from headstart.lora import quantized
 
 Pair = tuple[Tensor, Tensor]
 Ranges = tuple[tuple[int, int], ...]
@@ -47,6 +49,18 @@ class Layout:
         """The rank of one block where the layer as a whole is given `rank`."""
         return rank
 
+    def reading(self, module: nn.Module) -> tuple[object, ...]:
+        """How the rows of an input are read: layers that read the same input alike multiply the same rows."""
+        return ()
+
+    def input_rows(self, module: nn.Module, x: Tensor) -> list[Tensor]:
+        """What each block multiplies, (T, n), from the layer's input."""
+        return [x.reshape(-1, x.shape[-1])]
+
+    def output_rows(self, module: nn.Module, y: Tensor) -> list[Tensor]:
+        """What each block gives, (T, m), from the layer's output or its gradient."""
+        return [y.reshape(-1, y.shape[-1])]
+
     def pack(self, pairs: Sequence[Pair]) -> Pair:
         """The blocks' (A, B) → the two stored tensors."""
         ((A, B),) = pairs
@@ -55,6 +69,10 @@ class Layout:
     def unpack(self, A: Tensor, B: Tensor) -> list[Pair]:
         """The two stored tensors → the blocks' (A, B)."""
         return [(A, B)]
+
+    def with_core(self, A: Tensor, B: Tensor, core: Tensor) -> Pair:
+        """The stored tensors of B·R·A, from a core R (blocks, r, r). Differentiable."""
+        return self.pack([(R @ a, b) for R, (a, b) in zip(core, self.unpack(A, B), strict=True)])
 
     def dense(self, A: Tensor, B: Tensor) -> Pair:
         """The stored tensors as one pair (k, n), (m, k) for the forward. Differentiable."""
@@ -88,6 +106,27 @@ class Convolution(Layout):
                 "or leave this layer out"
             )
         return rank // self.groups
+
+    def reading(self, module: nn.Module) -> tuple[object, ...]:
+        assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        edges = tuple(module._reversed_padding_repeated_twice)
+        return self.groups, self.kernel, tuple(module.stride), tuple(module.dilation), edges, module.padding_mode
+
+    def input_rows(self, module: nn.Module, x: Tensor) -> list[Tensor]:
+        assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        x = x if x.ndim == len(self.kernel) + 2 else x[None]
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x = nn.functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+        for i, size in enumerate(self.kernel):
+            x = x.unfold(2 + i, (size - 1) * module.dilation[i] + 1, module.stride[i])[..., :: module.dilation[i]]
+        rows = x.movedim(1, len(self.kernel) + 1)  # (b, *out, c, *k)
+        rows = rows.reshape(-1, self.groups, self.channels // self.groups * math.prod(self.kernel))
+        return list(rows.unbind(1))
+
+    def output_rows(self, module: nn.Module, y: Tensor) -> list[Tensor]:
+        y = y if y.ndim == len(self.kernel) + 2 else y[None]
+        rows = y.movedim(1, -1)
+        return list(rows.reshape(-1, self.groups, rows.shape[-1] // self.groups).unbind(1))
 
     def pack(self, pairs: Sequence[Pair]) -> Pair:
         A = torch.cat([A for A, _ in pairs])
@@ -146,6 +185,13 @@ class Parts(Layout):
     def blocks(self, weight: Tensor) -> list[Tensor]:
         (whole,) = super().blocks(weight)
         return [whole[start:stop] for start, stop in self.ranges]
+
+    def input_rows(self, module: nn.Module, x: Tensor) -> list[Tensor]:
+        return super().input_rows(module, x) * self.copies
+
+    def output_rows(self, module: nn.Module, y: Tensor) -> list[Tensor]:
+        (whole,) = super().output_rows(module, y)
+        return [whole[:, start:stop] for start, stop in self.ranges]
 
     def pack(self, pairs: Sequence[Pair]) -> Pair:
         return torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs])
@@ -236,6 +282,8 @@ _KINDS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Multihead
 
 def _experts(module: nn.Module, parameter: str) -> Layout:
     weight = module._parameters.get(parameter)
+    if quantized.is_quantized(weight):
+        raise UnsupportedLayer(f"a quantised {parameter!r} of {type(module).__name__} is not served: load it in bf16")
     if weight is None:
         raise UnsupportedLayer(
             f"{type(module).__name__} is no layer that can be adapted: choose a Linear, Conv1D, Embedding, "
@@ -256,7 +304,7 @@ def _parts(module: nn.Module, parts: Sequence[object]) -> Parts:
     if not is_linear(module):
         raise UnsupportedLayer(f"`parts` needs a Linear or Conv1D, not {type(module).__name__}")
     transposed = is_conv1d(module)
-    rows = parameter_of(module).shape[1 if transposed else 0]
+    rows = outline(module).shape[1 if transposed else 0]
     if not isinstance(parts, Sequence) or not (all(map(_is_flag, parts)) or all(map(_is_range, parts))):
         raise BadOption(f"parts {parts!r} are neither flags of equal parts nor row ranges (start, stop)")
     if all(map(_is_flag, parts)):
@@ -289,6 +337,28 @@ def parameter_of(module: nn.Module, parameter: str = "weight") -> nn.Parameter:
             f"{type(module).__name__} computes its {name!r} anew (a parametrization?): remove it before adapting"
         )
     return weight
+
+
+def outline(module: nn.Module, parameter: str = "weight") -> Tensor:
+    """A tensor of the weight's shape, without its values where these are quantised."""
+    weight = parameter_of(module, parameter)
+    return quantized.outline(weight) if quantized.is_quantized(weight) else weight.detach()
+
+
+def values(module: nn.Module, parameter: str = "weight") -> Tensor:
+    """The weight's values, and a copy of them where they are quantised."""
+    return dense(parameter_of(module, parameter), module)
+
+
+def dense(weight: nn.Parameter, module: nn.Module) -> Tensor:
+    """The values of a parameter that a module holds, or held before a merge."""
+    return quantized.values(weight, module) if quantized.is_quantized(weight) else weight.detach()
+
+
+def stored(weight: Tensor, like: nn.Parameter) -> nn.Parameter:
+    """A weight as a frozen parameter, quantised where `like` is."""
+    quantised = quantized.is_quantized(like)
+    return quantized.requantized(like, weight) if quantised else nn.Parameter(weight, requires_grad=False)
 
 
 def weight_name(module: nn.Module, parameter: str = "weight") -> str:

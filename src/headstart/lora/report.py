@@ -38,6 +38,7 @@ class InitReport:
         strategy: its name; options: those that were set; seed: of its random draws.
         layers: one report each.
         seconds: of wall time.
+        data: the batches, tokens and loss that it was found in, for a strategy that looks at data.
     """
 
     strategy: str
@@ -45,6 +46,7 @@ class InitReport:
     seed: int
     layers: tuple[LayerReport, ...]
     seconds: float
+    data: Mapping[str, Any] | None = None
 
     @property
     def worst(self) -> dict[str, Any]:
@@ -73,6 +75,8 @@ class InitReport:
     def __str__(self) -> str:
         anchored = sum(layer.anchored for layer in self.layers)
         lines = [f"{self.strategy}: {len(self.layers)} layers in {self.seconds:.2f} s, {anchored} anchored"]
+        if self.data is not None:
+            lines.append(f"  data: {self.data['batches']} batches, {self.data['tokens']:,} tokens")
         lines += [f"  {name}: {value}" for name, value in self.worst.items()]
         for layer in self.layers:
             lines += [f"  {layer.name}: {fact['note']}" for fact in layer.facts if "note" in fact]

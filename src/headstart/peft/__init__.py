@@ -10,7 +10,7 @@ never written to, so `disable_adapter()` is exactly the base model, and what is 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from torch import nn
 
 from headstart.files.adapter import read_adapter
 from headstart.files.checkpoint import plan_load
-from headstart.lora.adapt import check_plain, prepare, trained_biases
+from headstart.lora.adapt import check_plain, measured, prepare, trained_biases
+from headstart.lora.calibration import Calibration
 from headstart.lora.config import LoraConfig, Target, with_heads
 from headstart.lora.layers import Start
 from headstart.lora.report import InitReport
@@ -39,6 +40,10 @@ def get_peft_model(
     init_options: Mapping[str, Any] | None = None,
     seed: int | None = None,
     adapter_name: str = "default",
+    *,
+    data: Iterable[Any] | None = None,
+    calibration: Calibration | None = None,
+    **options: Any,
 ) -> ShellModel:
     """A real PeftModel whose adapter was started by headstart.
 
@@ -49,6 +54,9 @@ def get_peft_model(
         init_options: its options; left out, the config's.
         seed: of its random draws; left out, the config's.
         adapter_name: PEFT's name for the adapter.
+        data: batches for a strategy that looks at data, as `headstart.calibrate` takes them.
+        calibration: instead of data, what `headstart.calibrate` found.
+        options: of `headstart.calibrate`, with data.
 
     Returns:
         The model, which Trainer and TRL accept. `init_reports[adapter_name]` says how it was started.
@@ -60,7 +68,8 @@ def get_peft_model(
     own = with_heads(model, own_config(model, config))
     changes: dict[str, Any] = {"init_lora_weights": init, "init_options": init_options, "seed": seed}
     own = dataclasses.replace(own, **{name: value for name, value in changes.items() if value is not None})
-    return _inject(model, own, *prepare(model, own), adapter_name)
+    known = measured(model, own, data, calibration, **options)
+    return _inject(model, own, *prepare(model, own, known), adapter_name)
 
 
 def from_pretrained(

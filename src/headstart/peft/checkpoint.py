@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +17,7 @@ from peft.utils import ModulesToSaveWrapper, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from headstart.errors import KeyMismatch
+from headstart.files import quantized_base
 from headstart.files.adapter import (
     PREFIX,
     REPORT,
@@ -26,8 +29,8 @@ from headstart.files.adapter import (
     scales,
     write_adapter,
 )
-from headstart.files.checkpoint import OUTPUT, check_base, outputs_scaled, provenance, start_of_entry, target_of
-from headstart.lora import matrix
+from headstart.files.checkpoint import OUTPUT, check_bases, outputs_scaled, provenance, start_of_entry, target_of
+from headstart.lora import matrix, quantized
 from headstart.lora.delta import Branch, plain_lora
 from headstart.lora.layers import Start
 from headstart.lora.report import InitReport
@@ -36,7 +39,7 @@ from headstart.peft.tuner import ShellTuner
 
 State = Mapping[str, Tensor]
 # Keys of PEFT's that are no extras: factors, and what PEFT wraps.
-_INNER = re.compile(r"\.lora_|\.anchor_|\.original_module\.|\.modules_to_save\.")
+_INNER = re.compile(r"\.lora_|\.anchor_|\.base_weight_|\.taken_|\.original_module\.|\.modules_to_save\.")
 
 
 def _tuner(model: PeftModel) -> ShellTuner:
@@ -53,17 +56,23 @@ def save(
     found = {name: _entry(name, layer, adapter, rank, state) for name, layer in layers.items()}
     entries = outputs_scaled(found, attentions, 0.5)
     anchored = {name: layer.rank(adapter) for name, layer in layers.items() if layer.anchor(adapter) is not None}
+    found_bases = ((name, layer, layer.base(adapter)) for name, layer in layers.items())
+    bases = {name: (b, partial(layer.frozen_values, adapter)) for name, layer, b in found_bases if b is not None}
+    if said := quantized_base.warning(bases):
+        warnings.warn(said, stacklevel=3)
     origin = provenance(
         report,
         anchored={} if rank else anchored,
         frozen={name: letters for name, layer in layers.items() if (letters := layer.frozen(adapter))},
-        weights={name: layer.original for name, layer in layers.items()},
+        weights={name: layer.original_values for name, layer in layers.items()},
+        bases=bases,
     )
     names = {n: f"{plain_name(n)}.{m.parameter_name}" for n, m in layers.items() if isinstance(m, ParamWrapper)}
     names |= {f"{name}{OUTPUT}": plain_name(name) for name in attentions}
     fields = {**_fields(model, adapter), **scales(entries, names)}
     extras = _extras(model, adapter, embeddings, state)
-    write_adapter(folder, entries, fields, extras, origin, {REPORT: report.to_json()})
+    taken = quantized_base.taken_from(bases)
+    write_adapter(folder, entries, fields, extras, origin, {REPORT: report.to_json()}, taken)
 
 
 def _entry(name: str, layer: ShellLayer, adapter: str, rank: int | None, state: State) -> Entry:
@@ -73,6 +82,8 @@ def _entry(name: str, layer: ShellLayer, adapter: str, rank: int | None, state: 
 
     stored = zip("AB", layer.stored(adapter), strict=True)
     A, B = layer.layout.from_file(*(gathered(layer.key(letter, adapter), factor) for letter, factor in stored))
+    if (core := layer.core(adapter)) is not None:
+        A, B = layer.layout.with_core(A, B, gathered(f"lora_core_{adapter}", core))
     branch = Branch(A, B, layer.scaling[adapter], layer.anchor(adapter))
     (A, B), file_rank, _ = plain_lora(layer.layout, branch, layer.rank(adapter), rank)
     A, B = layer.layout.to_file(A, B)
@@ -131,7 +142,8 @@ def resume(model: PeftModel, adapter: str, path: Any) -> Any:
     if set(layers) != set(file.entries):
         odd = sorted(set(layers) ^ set(file.entries))
         raise KeyMismatch(f"{file.folder} and the model disagree about {few(odd)}: resume with the same targets")
-    check_base({path: layer.original for path, layer in layers.items()}, file)
+    held = {path for path, layer in layers.items() if quantized.is_quantized(layer.original)}
+    check_bases({path: layer.original_values for path, layer in layers.items()}, held, file)
     attentions = [path for path, layer in layers.items() if isinstance(layer, ShellAttention)]
     starts = {e.path: _start(layers[e.path], file, e, adapter) for e in outputs_scaled(file.entries, attentions, 2)}
     extras = {plain_name(name): value for name, value in file.extras.items()}

@@ -15,6 +15,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from headstart.errors import AdapterState, UnsupportedLayer
+from headstart.lora import quantized
 from headstart.lora.config import Target
 from headstart.lora.layers import Start
 from headstart.peft.layers import ShellAttention, exchange
@@ -41,6 +42,13 @@ class Snapshot:
             tables = {name: dict(value) for name, value in attributes.items() if isinstance(value, dict)}
             self.states.append((attributes, dict(attributes), tables))
 
+    def restore_quantized(self) -> None:
+        """Put the quantised weights back: PEFT reads one by putting a copy in its place, which loses 8-bit scales."""
+        for attributes, _, tables in self.states:
+            for name, parameter in tables["_parameters"].items():
+                if quantized.is_quantized(parameter):
+                    attributes["_parameters"][name] = parameter
+
     def restore(self) -> None:
         """Put everything back, in place: handles of hooks hold the tables themselves."""
         for attributes, before, tables in self.states:
@@ -63,6 +71,7 @@ def injection(model: nn.Module, config: lora.LoraConfig) -> Iterator[None]:
             for message in _UNTRUE:
                 warnings.filterwarnings("ignore", re.escape(message))
             yield
+        before.restore_quantized()
     except BaseException:
         before.restore()
         raise

@@ -6,6 +6,7 @@ is headstart's; the frozen weight is never written to; a merge is rounded once a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, cast
@@ -16,17 +17,20 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from headstart.errors import AdapterState, NonFiniteWeight, UnsupportedLayer
-from headstart.lora import delta, matrix
+from headstart.lora import delta, matrix, quantized
 from headstart.lora.delta import Branch, NormCache
 from headstart.lora.layers import Start, attention, convolution, embedding, experts, linear
 from headstart.lora.layers.layer import Merged
 from headstart.lora.matrix import Layout
+from headstart.lora.quantized import Recipe
+from headstart.lora.rebase import Base
 
 Run = Callable[..., Any]
 ANCHORED = (
     "has an anchored start, and PEFT knows how to mix factors, not anchors: save the adapter, "
     "load it under another name, as plain LoRA of twice the rank, and mix that"
 )
+BASED = "stands on a quantised base of its own, on which no other adapter stands: use it alone"
 
 
 class ShellLayer(nn.Module):
@@ -40,6 +44,7 @@ class ShellLayer(nn.Module):
     _kept: Merged
     # The factors that do not train. An attention is of our class from birth, and asked for them before `enter`.
     _fixed: Mapping[str, frozenset[str]] = MappingProxyType({})
+    _recipes: Mapping[str, Recipe | None] = MappingProxyType({})
 
     # What PEFT's layers have.
     base_layer: nn.Module
@@ -76,6 +81,13 @@ class ShellLayer(nn.Module):
         anchor_A, anchor_B = start.anchor or (None, None)
         self.register_buffer(f"anchor_A_{adapter}", anchor_A)
         self.register_buffer(f"anchor_B_{adapter}", anchor_B)
+        replaced = start.base or Base(None)
+        taken_A, taken_B = replaced.taken or (None, None)
+        for name, tensor in (("base_weight", replaced.weight), ("taken_A", taken_A), ("taken_B", taken_B)):
+            self.register_buffer(f"{name}_{adapter}", tensor)
+        self._recipes = {**self._recipes, adapter: replaced.recipe}
+        core = None if start.core is None else nn.Parameter(start.core.detach().clone())
+        self.register_parameter(f"lora_core_{adapter}", core)
         if start.magnitude is not None:
             weight = self.lora_magnitude_vector[adapter].weight
             weight.data = start.magnitude.detach().clone().reshape(weight.shape)
@@ -85,7 +97,7 @@ class ShellLayer(nn.Module):
         """An adapter as it is now, as a start."""
         A, B = (factor.detach().clone() for factor in self.layout.from_file(*self.stored(adapter)))
         anchor = self.anchor(adapter)
-        magnitude = self.magnitude(adapter)
+        magnitude, core = self.magnitude(adapter), self.core(adapter)
         return Start(
             A=A,
             B=B,
@@ -94,12 +106,24 @@ class ShellLayer(nn.Module):
             scaling=self.scaling[adapter],
             anchor=None if anchor is None else (anchor[0].clone(), anchor[1].clone()),
             frozen=self._fixed.get(adapter, frozenset()),
+            core=None if core is None else core.detach().clone(),
+            base=self.base(adapter),
             magnitude=None if magnitude is None else magnitude.detach().flatten(),
         )
 
     def stored(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
         """PEFT's own two parameters."""
         return self.lora_A[adapter].weight, self.lora_B[adapter].weight
+
+    def plain_factors(self, adapter: str) -> matrix.Pair:
+        """A and B as the layout stores them, with the core multiplied into A."""
+        A, B = self.layout.from_file(*self.stored(adapter))
+        core = self.core(adapter)
+        return (A, B) if core is None else self.layout.with_core(A, B, core)
+
+    def core(self, adapter: str) -> nn.Parameter | None:
+        """What trains between the factors of an adapter."""
+        return self._parameters.get(f"lora_core_{adapter}")
 
     def key(self, letter: str, adapter: str) -> str:
         """What a state dict calls a factor, behind the layer's name."""
@@ -125,20 +149,50 @@ class ShellLayer(nn.Module):
 
     def branch(self, adapter: str) -> Branch:
         """The branch of one adapter as it runs now."""
-        A, B = self.layout.from_file(*self.stored(adapter))
+        A, B = self.plain_factors(adapter)
         dropout = self.lora_dropout[adapter]
         p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
-        branch = Branch(A, B, self.scaling[adapter], self.anchor(adapter), p, self.magnitude(adapter))
+        held = self.branch_base(adapter)
+        branch = Branch(A, B, self.scaling[adapter], self.anchor(adapter), p, self.magnitude(adapter), base=held)
         if branch.magnitude is None:
             return branch
         cache = self._norms.setdefault(adapter, NormCache())
-        return branch.with_norm(delta.row_norms(self.layout, self.original, branch, cache, self.training))
+        read = functools.partial(self.frozen_values, adapter)
+        stored = self.original if held is None else held
+        return branch.with_norm(delta.row_norms(self.layout, stored, branch, cache, self.training, read))
 
     @property
     def original(self) -> nn.Parameter:
         """The frozen weight, merged or not."""
         kept = self._kept.original
         return kept[0] if kept else matrix.parameter_of(self.get_base_layer(), self.weight_name)
+
+    def original_values(self) -> Tensor:
+        """The values of the weight that the model was given."""
+        return matrix.dense(self.original, self.get_base_layer())
+
+    def frozen_values(self, adapter: str) -> Tensor:
+        """The values of what an adapter stands on."""
+        held = self.branch_base(adapter)
+        return self.original_values() if held is None else held
+
+    def branch_base(self, adapter: str) -> Tensor | None:
+        """What stands in the frozen weight's place for an adapter."""
+        return self._buffers.get(f"base_weight_{adapter}")
+
+    def base(self, adapter: str) -> Base | None:
+        """What an adapter stands on where that is not the frozen weight as it was given."""
+        if self._recipes.get(adapter) is None:
+            return None
+        A, B = (self._buffers.get(f"taken_{letter}_{adapter}") for letter in "AB")
+        taken = None if A is None or B is None else (A, B)
+        return Base(self._recipes[adapter], self.branch_base(adapter), taken)
+
+    def unmixable(self, adapter: str) -> str | None:
+        """Why PEFT cannot mix an adapter with others, for a message; None where its factors alone say what it is."""
+        if self.anchor(adapter) is not None:
+            return f"{adapter!r} {ANCHORED}"
+        return f"{adapter!r} {BASED}" if self.branch_base(adapter) is not None else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         mixed = kwargs.get("adapter_names")
@@ -151,9 +205,10 @@ class ShellLayer(nn.Module):
         if run is not None and len(present) == 1 and mixed is None and self._ours(present[0]):
             kwargs.pop("adapter_names", None)
             return run(self.base_layer, self.layout, self.branch(present[0]), *args, **kwargs)
-        anchored = [name for name in (mixed or present) if self.anchor(name) is not None]
-        if anchored and (mixed or len(present) > 1):
-            raise AdapterState(f"{anchored[0]!r} {ANCHORED}")
+        if mixed or len(present) > 1:
+            for name in mixed or present:
+                if reason := self.unmixable(name):
+                    raise AdapterState(reason)
         return super().forward(*args, **kwargs)
 
     def _ours(self, adapter: str) -> bool:
@@ -163,31 +218,38 @@ class ShellLayer(nn.Module):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW as the weight is stored."""
         branch = self.branch(adapter)
-        change = torch.zeros_like(self.original, dtype=branch.A.dtype)
+        shape = matrix.outline(self.get_base_layer(), self.weight_name).shape
+        change = torch.zeros(shape, dtype=branch.A.dtype, device=branch.A.device)
         for block, (A, B) in zip(self.layout.blocks(change), branch.pairs(self.layout), strict=True):
             block.copy_(branch.scaling * (B @ A))
-        return change
+        return change if branch.base is None else change + (branch.base - self.original_values())
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold adapters in; the weights are new tensors, and the frozen one is kept for `unmerge`."""
-        for adapter in check_adapters_to_merge(cast(BaseTunerLayer, self), adapter_names):
+        names = check_adapters_to_merge(cast(BaseTunerLayer, self), adapter_names)
+        for adapter in (*self.merged_adapters, *names):
+            if self.branch_base(adapter) is not None and len(self.merged_adapters) + len(names) > 1:
+                raise AdapterState(f"{adapter!r} {BASED}")
+        for adapter in names:
             if adapter not in self.present():
                 continue
             base = self.get_base_layer()
             weight = matrix.parameter_of(base, self.weight_name)
+            branch = self.branch(adapter)
+            under = matrix.dense(weight, base) if branch.base is None else branch.base
             with torch.no_grad():
-                merged = delta.merged_weight(self.layout, weight.detach(), self.branch(adapter))
+                merged = delta.merged_weight(self.layout, under, branch)
             if safe_merge and not bool(merged.isfinite().all()):
                 raise NonFiniteWeight(f"adapter {adapter!r} gives weights that are not finite: nothing was merged")
             if not self._kept.original:
                 self._kept.original.append(weight)
-            base._parameters[self.weight_name] = nn.Parameter(merged, requires_grad=False)
+            quantized.put(base, self.weight_name, matrix.stored(merged, like=weight))
             self.merged_adapters.append(adapter)
 
     def unmerge(self) -> None:
         """Put the frozen weight back: the same parameter, the same bits."""
         if self._kept.original:
-            self.get_base_layer()._parameters[self.weight_name] = self._kept.original.pop()
+            quantized.put(self.get_base_layer(), self.weight_name, self._kept.original.pop())
         self.merged_adapters.clear()
 
     def train(self, mode: bool = True) -> Any:
@@ -208,12 +270,16 @@ class ShellLayer(nn.Module):
             for letter, factor in zip("AB", self.stored(adapter), strict=True):
                 if letter in letters:
                     factor.requires_grad_(False)
+            if (core := self.core(adapter)) is not None:
+                core.requires_grad_(adapter in self.active_adapters)
 
     def delete_adapter(self, adapter_name: str) -> None:
         self._fixed = {name: letters for name, letters in self._fixed.items() if name != adapter_name}
         super().delete_adapter(adapter_name)  # type: ignore[misc]
-        for name in "AB":
-            self._buffers.pop(f"anchor_{name}_{adapter_name}", None)
+        for name in ("anchor_A", "anchor_B", "base_weight", "taken_A", "taken_B"):
+            self._buffers.pop(f"{name}_{adapter_name}", None)
+        self._recipes = {name: recipe for name, recipe in self._recipes.items() if name != adapter_name}
+        self._parameters.pop(f"lora_core_{adapter_name}", None)
         self._norms.pop(adapter_name, None)
 
 
@@ -298,6 +364,14 @@ _SHELLS: dict[type[nn.Module], type[ShellLayer]] = {
 }
 
 
+def _shell_of(kind: type[nn.Module]) -> type[ShellLayer] | None:
+    """Our class for one of PEFT's. For quantised layers it is made when one is met: PEFT imports a library for each."""
+    quantised = kind.__name__ in ("Linear4bit", "Linear8bitLt", "TorchaoLoraLinear")
+    if kind not in _SHELLS and quantised and kind.__module__.startswith("peft."):
+        _SHELLS[kind] = type(f"Shell{kind.__name__}", (ShellLayer, kind), {"run": staticmethod(linear.run)})
+    return _SHELLS.get(kind)
+
+
 def exchange(layer: nn.Module) -> ShellLayer:
     """Give a freshly injected PEFT layer our class.
 
@@ -306,7 +380,7 @@ def exchange(layer: nn.Module) -> ShellLayer:
     """
     if isinstance(layer, ShellLayer):
         return layer
-    shell = _SHELLS.get(type(layer))
+    shell = _shell_of(type(layer))
     if shell is None:
         raise UnsupportedLayer(f"PEFT serves this layer with {type(layer).__name__}, which headstart does not")
     layer.__class__ = shell

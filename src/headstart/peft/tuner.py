@@ -15,7 +15,7 @@ from headstart.errors import AdapterState, NonFiniteWeight
 from headstart.lora.adapt import base_name
 from headstart.lora.layers.encoder import Switch, switches
 from headstart.peft.inject import take_apart
-from headstart.peft.layers import ANCHORED, ShellLayer, shell_layers
+from headstart.peft.layers import ShellLayer, shell_layers
 
 
 class Originals:
@@ -158,8 +158,9 @@ class ShellTuner(lora.LoraModel):
 
     def _refuse_anchored(self, adapters: Iterable[str]) -> None:
         for adapter in adapters:
-            if any(layer.anchor(adapter) is not None for _, layer in shell_layers(self.model, adapter)):
-                raise AdapterState(f"{adapter!r} {ANCHORED}")
+            for _, layer in shell_layers(self.model, adapter):
+                if reason := layer.unmixable(adapter):
+                    raise AdapterState(reason)
 
     def _layers(self) -> list[ShellLayer]:
         return [module for module in self.model.modules() if isinstance(module, ShellLayer)]

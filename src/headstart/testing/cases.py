@@ -7,12 +7,18 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from headstart import statistics
+from headstart.errors import UnsupportedLayer
+from headstart.inits import strategy as registry
 from headstart.lora import adapt as lora
+from headstart.lora.calibrate import calibrate
+from headstart.lora.calibration import Calibration
 from headstart.lora.config import LoraConfig, Target, targets
 from headstart.lora.layers import Start
 from headstart.testing.kinds import Kind
@@ -54,17 +60,46 @@ class Case:
         return copy.deepcopy(_fresh(self.kind.name, self.kind.make, self.dtype, str(self.device)))
 
     def adapted(self) -> nn.Module:
-        return self.shell.adapt(self.model(), self.config)
+        return self.adapt(self.model())
+
+    def adapt(self, model: nn.Module) -> nn.Module:
+        """A base of this case, adapted."""
+        known = {} if self.calibration is None else {"calibration": self.calibration}
+        return self.shell.adapt(model, self.config, **known)
+
+    @cached_property
+    def calibration(self) -> Calibration | None:
+        """What a start that looks at data knows: of batches like the inputs, and of the same in another order."""
+        if not registry.get(self.init)[0].needs:
+            return None
+        seen = [self._varied(i) for i in range(4)]
+
+        def loss(model: nn.Module, batch: Sequence[Any]) -> Tensor:
+            keywords = {name: self._placed(value) for name, value in self.kind.keywords().items()}
+            found = _tensors(model(*map(self._placed, batch), **keywords))
+            return torch.stack([(y.float() - 0.5).square().mean() for y in found]).sum()
+
+        return calibrate(self.model(), self.config, seen, preserve=seen[2:], loss=loss)
+
+    def _varied(self, seed: int) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(seed)
+        inputs = self.kind.inputs()
+        return tuple(
+            x + torch.randn(x.shape, generator=generator) if x.is_floating_point() else x.roll(seed, -1) for x in inputs
+        )
 
     @cached_property
     def trained(self) -> nn.Module:
         """A model that was adapted and trained a little; a law that changes it does so on a copy."""
         return train(self, self.adapted())
 
-    def starts(self, model: nn.Module | None = None) -> dict[str, tuple[Target, Start]]:
+    def starts(
+        self, model: nn.Module | None = None, known: Calibration | None = None
+    ) -> dict[str, tuple[Target, Start]]:
         """Every layer's start, by name."""
+        known = known or self.calibration
         found = targets(model or self.model(), self.config)
-        return {target.name: (target, lora.start_of(target, self.config)[0]) for target in found}
+        return {target.name: (target, lora.start_of(target, self.config, known)[0]) for target in found}
 
     def outputs(self, model: nn.Module, grad: bool = False) -> list[Tensor]:
         """What a model computes, as a flat list."""
@@ -78,12 +113,19 @@ class Case:
         return value.to(self.device, self.dtype) if value.is_floating_point() else value.to(self.device)
 
     def runs(self) -> bool:
-        """Whether the base itself computes in this dtype, on this device, with what is installed."""
+        """Whether the base itself computes in this dtype, on this device, with what is installed, and can be seen."""
+        if registry.get(self.init)[0].quantizes and find_spec("bitsandbytes") is None:
+            return False
         try:
             self.outputs(self.model())
         except (ImportError, NotImplementedError, RuntimeError):
             return False
-        return True
+        try:
+            return self.calibration is None or True
+        except UnsupportedLayer:
+            return False
+        except Exception:  # What is wrong with a start, the laws say.
+            return True
 
     @cached_property
     def preserves(self) -> bool:
@@ -112,9 +154,20 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
+def known_of_rows(name: str, m: int, n: int) -> Calibration:
+    """What may be known about a layer, from random inputs and gradients."""
+    generator = torch.Generator().manual_seed(3)
+    X, D, other = (torch.randn(32, size, generator=generator) for size in (n, m, n))
+    known = {need: [statistic] for need, statistic in statistics.of_rows(X, D, other, generator).items()}
+    return Calibration({name: known}, batches=1, tokens=32)
+
+
 def products(target: Target, start: Start) -> list[Tensor]:
-    """s·B₀·A₀ of each of a layer's matrices, in float64."""
-    return [start.scaling * (B @ A) for A, B in target.layout.unpack(start.A.double(), start.B.double())]
+    """s·B₀·A₀, or s·B₀·R₀·A₀, of each of a layer's matrices, in float64."""
+    A, B = start.A.double(), start.B.double()
+    if start.core is not None:
+        A, B = target.layout.with_core(A, B, start.core.double())
+    return [start.scaling * (b @ a) for a, b in target.layout.unpack(A, B)]
 
 
 def fingerprint(model: nn.Module) -> dict[str, object]:

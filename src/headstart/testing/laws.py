@@ -17,7 +17,7 @@ from headstart.lora import matrix
 from headstart.lora.config import Target, targets
 from headstart.lora.layers import Start
 from headstart.lora.matrix import Layout
-from headstart.testing.cases import RANK, Case, bits, fingerprint, products, rounding, same, train
+from headstart.testing.cases import RANK, Case, bits, fingerprint, known_of_rows, products, rounding, same, train
 from headstart.testing.kinds import transformers_conv1d
 
 LARGER = 2 * RANK
@@ -25,7 +25,8 @@ LARGER = 2 * RANK
 
 def factors_have_the_shapes_asked_for(case: Case) -> None:
     for name, (target, start) in case.starts().items():
-        weight = matrix.parameter_of(target.module, target.parameter)
+        weight = matrix.outline(target.module, target.parameter)
+        device = matrix.parameter_of(target.module, target.parameter).device
         rank = target.layout.block_rank(target.rank)
         pairs = target.layout.unpack(start.A, start.B)
         for block, (A, B) in zip(target.layout.blocks(weight), pairs, strict=True):
@@ -33,17 +34,21 @@ def factors_have_the_shapes_asked_for(case: Case) -> None:
             assert B.shape == (block.shape[0], rank), f"B of {name} is {tuple(B.shape)}, not {(block.shape[0], rank)}"
         for factor in (start.A, start.B):
             assert factor.dtype == torch.float32, f"a factor of {name} is {factor.dtype}: give float32"
-            assert factor.device == weight.device, f"a factor of {name} is on {factor.device}, not {weight.device}"
+            assert factor.device == device, f"a factor of {name} is on {factor.device}, not {device}"
             assert factor.isfinite().all(), f"a factor of {name} holds NaN or infinity"
         _check_alive(name, target, start)
 
 
 def _check_alive(name: str, target: Target, start: Start) -> None:
-    """The gradient of a column of B is a multiple of the row of A, and the other way round: one must be there."""
+    """The gradient of a column of B is a multiple of the row of A, and the other way round: one must be there.
+
+    A core trains wherever both are.
+    """
     for A, B in target.layout.unpack(start.A, start.B):
         moves_B = A.any(dim=1) & ("B" not in start.frozen)
         moves_A = B.any(dim=0) & ("A" not in start.frozen)
-        dead = int((~(moves_A | moves_B)).sum())
+        moves_core = A.any(dim=1) & B.any(dim=0) & (start.core is not None)
+        dead = int((~(moves_A | moves_B | moves_core)).sum())
         assert not dead, f"{dead} of the {len(A)} directions of {name} can never train: their gradient is zero"
 
 
@@ -74,12 +79,13 @@ def starts_know_no_order(case: Case) -> None:
 def _start_alone(case: Case, name: str) -> Start:
     """The start of one layer in a model whose other layers are started after it, or not at all."""
     found = {target.name: target for target in targets(case.model(), case.config)}
-    return lora.start_of(found[name], case.config)[0]
+    return lora.start_of(found[name], case.config, case.calibration)[0]
 
 
 def scaling_cancels(case: Case) -> None:
     """Where a strategy takes `scaling`, s·B₀·A₀ is what its paper fixes, for every α and with rsLoRA."""
-    if "scaling" not in registry.get(case.init)[0].parameters:
+    strategy = registry.get(case.init)[0]
+    if "scaling" not in strategy.parameters or strategy.scales:
         return
     wanted = [p for t, s in case.starts().values() for p in products(t, s)]
     for changes in ({"lora_alpha": RANK / 2}, {"lora_alpha": RANK}, {"lora_alpha": 4 * RANK}, {"use_rslora": True}):
@@ -104,7 +110,8 @@ def storage_does_not_matter(case: Case) -> None:
     found = {}
     for name, (layer, weight) in forms.items():
         layer.weight = nn.Parameter(weight)
-        ((_, start),) = case.but(target_modules=["layer"]).starts(nn.ModuleDict({"layer": layer})).values()
+        alike = case.but(target_modules=["layer"])
+        ((_, start),) = alike.starts(nn.ModuleDict({"layer": layer}), known_of_rows("layer", m, n)).values()
         found[name] = start.A.reshape(RANK, n), start.B.reshape(m, RANK)
     for name, factors in found.items():
         same(factors, found["Linear"], 1e-5, f"the factors of {name} against those of Linear")
@@ -120,7 +127,7 @@ def odd_weights_are_served_or_refused(case: Case) -> None:
         before, wanted = fingerprint(model), case.outputs(model)
         try:
             starts = case.starts(model)
-            adapted = case.shell.adapt(model, case.config)
+            adapted = case.adapt(model)
         except HeadstartError as error:
             assert name == "NaN" and isinstance(error, NonFiniteWeight), f"a {name} weight is refused: {error}"
             assert fingerprint(model) == before, f"the refusal of a {name} weight left the model changed"
@@ -166,7 +173,7 @@ def the_function_is_kept_at_step_zero(case: Case) -> None:
     wanted = case.outputs(base)
     # DoRA multiplies by a ratio of one and adds the bias itself.
     tolerance = rounding(case, 2 if case.config.use_dora else 1)
-    same(case.outputs(case.shell.adapt(base, case.config)), wanted, tolerance, "the output at step zero")
+    same(case.outputs(case.adapt(base)), wanted, tolerance, "the output at step zero")
     if case.config.target_parameters:
         return
     dropping = case.but(lora_dropout=0.5).adapted().train()
@@ -176,7 +183,7 @@ def the_function_is_kept_at_step_zero(case: Case) -> None:
 def only_the_adapter_trains(case: Case) -> None:
     base = case.model()
     frozen = {name: (parameter, bits(parameter)) for name, parameter in base.named_parameters()}
-    adapted = case.shell.adapt(base, case.config)
+    adapted = case.adapt(base)
     values = {name: p.detach().clone() for name, p in adapted.named_parameters() if p.requires_grad}
     assert values, "nothing trains"
     train(case, adapted)
@@ -209,7 +216,7 @@ def hooks_are_still_called(case: Case) -> None:
     for target in targets(model, case.config):
         target.module.register_forward_hook(lambda *_, name=target.name: seen.append(name))
     try:
-        adapted = case.shell.adapt(model, case.config)
+        adapted = case.adapt(model)
     except UnsupportedLayer:
         return
     case.outputs(adapted)
@@ -230,7 +237,7 @@ def removed_is_the_base(case: Case) -> None:
     base = case.model()
     next(base.parameters()).requires_grad_(False)
     before, wanted = fingerprint(base), case.outputs(base)
-    removed = case.shell.remove(train(case, case.shell.adapt(base, case.config)))
+    removed = case.shell.remove(train(case, case.adapt(base)))
     same(case.outputs(removed), wanted, 0, "the model after removal against the base")
     _unchanged(before, fingerprint(removed), "removal")
 

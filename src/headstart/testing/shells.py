@@ -17,7 +17,7 @@ class Shell(Protocol):
 
     name: str
 
-    def adapt(self, model: nn.Module, config: LoraConfig) -> nn.Module: ...
+    def adapt(self, model: nn.Module, config: LoraConfig, **known: Any) -> nn.Module: ...
     def disabled(self, model: nn.Module) -> AbstractContextManager[object]: ...
     def save(self, model: nn.Module, folder: str) -> None: ...
     def load(self, base: nn.Module, folder: str) -> nn.Module: ...
@@ -32,8 +32,8 @@ class Native:
 
     name = "native"
 
-    def adapt(self, model: nn.Module, config: LoraConfig) -> nn.Module:
-        return lora.adapt(model, config).model
+    def adapt(self, model: nn.Module, config: LoraConfig, **known: Any) -> nn.Module:
+        return lora.adapt(model, config, **known).model
 
     def disabled(self, model: nn.Module) -> AbstractContextManager[object]:
         return lora.adapter_of(model).disabled()
@@ -63,10 +63,10 @@ class Peft:
 
     name = "peft"
 
-    def adapt(self, model: nn.Module, config: LoraConfig) -> nn.Module:
+    def adapt(self, model: nn.Module, config: LoraConfig, **known: Any) -> nn.Module:
         from headstart.peft import get_peft_model
 
-        return get_peft_model(model, config)
+        return get_peft_model(model, config, **known)
 
     def disabled(self, model: Any) -> AbstractContextManager[object]:
         return model.disable_adapter()  # type: ignore[no-any-return]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from headstart import statistics
 from headstart.inits import get, names
 from headstart.inits.strategy import Factors, Strategy
 
@@ -16,7 +17,9 @@ def on_a_small_matrix(strategy: Strategy, options: Mapping[str, Any]) -> Factors
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(8, 8, generator=generator)
     given = {"weight": weight, "shape": (8, 8), "rank": 2, "scaling": 1.0, "kind": "linear", "generator": generator}
-    return strategy.start(given, options)
+    X, D, preserved = (torch.randn(64, 8, generator=generator) for _ in range(3))
+    given["quantize"] = torch.round
+    return strategy.start({**given, **statistics.of_rows(X, D, preserved, generator)}, options)
 
 
 def table() -> list[dict[str, Any]]:
@@ -30,7 +33,7 @@ def table() -> list[dict[str, Any]]:
                 "name": name,
                 "needs": ["the weight"] * strategy.reads_weight + list(strategy.needs),
                 "anchored": start.anchored,
-                "trains": " and ".join(letter for letter in "AB" if letter not in start.frozen),
+                "trains": " and ".join([*sorted(set("AB") - start.frozen), *["R"] * (start.core is not None)]),
                 "options": dict(strategy.options),
                 "fact": strategy.fact,
                 "paper": strategy.paper,

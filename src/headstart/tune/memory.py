@@ -94,7 +94,7 @@ def forecast(config: RunConfig) -> Forecast:
 
 
 def attach(model: nn.Module, lora: LoraConfig) -> tuple[Adapter, int]:
-    """Adapt a model without values, with a start that needs none; and the bytes of the anchors it would have.
+    """Adapt a model without values, with a start that needs none; and the bytes of the anchors or base it would have.
 
     Which factors train, and whether there are anchors, the start that was asked for says of a small matrix.
     """
@@ -105,6 +105,10 @@ def attach(model: nn.Module, lora: LoraConfig) -> tuple[Adapter, int]:
         for letter, factor in zip("AB", layer.factors, strict=True):
             factor.requires_grad_(letter not in asked.frozen)
             anchors += _bytes([factor]) if asked.anchored else 0
+        if asked.core is not None:
+            layer.lora_core = nn.Parameter(layer.factors[0].new_empty(1, layer.rank, layer.rank))
+        if asked.base is not None:
+            anchors += _bytes([layer.original])
     return adapter, anchors
 
 

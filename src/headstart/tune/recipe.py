@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import ErrorDetails
 
 from headstart.errors import BadAlpha, BadOption, BadRank, ConfigError, UnknownField, nearest
@@ -34,7 +44,7 @@ def _names(value: Any) -> Any:
 Whole = Annotated[int, Strict()]
 Real = Annotated[float, BeforeValidator(_number)]
 Names = Annotated[str | list[str], BeforeValidator(_names)]
-Panel = Literal["Model and data", "LoRA", "Training", "Run"]
+Panel = Literal["Model and data", "LoRA", "Calibration", "Training", "Run"]
 
 
 def _field(panel: Panel, description: str, default: Any = ..., **limits: Any) -> Any:
@@ -73,6 +83,7 @@ class RunConfig(BaseModel):
         validation_alias=AliasChoices("init", "init_lora_weights"),
     )
     init_options: dict[str, Any] = _field("LoRA", "the start's own options", {})
+    init_fallback: str | None = _field("LoRA", "the start of layers about which the data says nothing", None)
     target_modules: Names = _field("LoRA", "'all-linear', names, or a regular expression", "all-linear")
     exclude_modules: Names | None = _field("LoRA", "names or a regular expression", None)
     layers_to_transform: Whole | list[Whole] | None = _field("LoRA", "indices of the only layers to adapt", None)
@@ -83,6 +94,12 @@ class RunConfig(BaseModel):
     alpha_pattern: dict[str, Real] = _field("LoRA", "alphas that differ: {pattern: alpha}", {})
     modules_to_save: Names | None = _field("LoRA", "modules trained and saved whole", None)
 
+    calibration: str | None = _field(
+        "Calibration", "what a start that looks at data looks at: as --data, which it is by default", None
+    )
+    calibration_batches: Whole = _field("Calibration", "batches of it, of batch_size rows", 16, ge=1)
+    preserve: str | None = _field("Calibration", "data that is not to be forgotten, for the starts that ask", None)
+
     epochs: Real = _field("Training", "passes over the data", 1.0, gt=0)
     steps: Whole | None = _field("Training", "optimizer steps, instead of epochs", None, ge=1)
     batch_size: Whole = _field("Training", "rows a forward pass, on each device", 8, ge=1)
@@ -92,6 +109,11 @@ class RunConfig(BaseModel):
         "Training", "how the rate falls", "cosine"
     )
     warmup: Real = _field("Training", "steps, or below 1 a share of the run", 0.03, ge=0)
+    optimizer: Literal["adamw", "lora_plus", "preconditioned"] = _field(
+        "Training", "AdamW; LoRA+, where B learns faster than A; or AdamW on preconditioned gradients", "adamw"
+    )
+    lora_plus_ratio: Real = _field("Training", "lora_plus: B's rate over A's, which is the learning rate", 16.0, gt=0)
+    damping: Real = _field("Training", "preconditioned: added to the Gram matrices, a share of their mean", 0.1, ge=0)
     weight_decay: Real = _field("Training", "AdamW's", 0.0, ge=0)
     max_grad_norm: Real = _field("Training", "clip gradients to this norm; 0: never", 1.0, ge=0)
     max_length: Whole = _field("Training", "tokens a row; longer rows are cut at their end", 1024, ge=2)
@@ -106,6 +128,14 @@ class RunConfig(BaseModel):
     log_every: Whole = _field("Run", "steps between lines of metrics.jsonl", 1, ge=1)
     report_to: Names = _field("Run", "trackers: tensorboard, wandb, mlflow, trackio, ...", "none")
     threads: Whole | None = _field("Run", "CPU threads; by default torch's choice", None, ge=1)
+
+    @field_validator("lora_plus_ratio", "damping")
+    @classmethod
+    def _of_this_optimizer(cls, value: float, info: ValidationInfo) -> float:
+        owner = {"lora_plus_ratio": "lora_plus", "damping": "preconditioned"}[str(info.field_name)]
+        if value != cls.model_fields[str(info.field_name)].default and info.data.get("optimizer") != owner:
+            raise ValueError(f"it belongs to --optimizer {owner}")
+        return value
 
     def lora(self) -> dict[str, Any]:
         """The keyword arguments of `headstart.LoraConfig`."""

@@ -18,6 +18,7 @@ from headstart.files.atomic import write_text
 from headstart.lora.config import LoraConfig
 from headstart.peft import get_peft_model
 from headstart.tune import card, data, models
+from headstart.tune.calibration import calibrated
 from headstart.tune.folder import Folder, read_metrics, write_folder
 from headstart.tune.plot import plot_losses
 from headstart.tune.recipe import RunConfig
@@ -89,7 +90,11 @@ def run(config: RunConfig, say: Say = print, watchers: Sequence[TrainerCallback]
     with folder.locked() if is_main else nullcontext():
         tokenizer, rows = _ingredients(config, source)
         say(f"data: {config.data}: {rows}")
-        model = get_peft_model(models.load(source, config.dtype), lora)
+        base = models.load(source, config.dtype)
+        known = calibrated(base, tokenizer, rows, config, lora, progress=is_main and sys.stderr.isatty())
+        if known is not None:
+            say(f"calibration: {known}")
+        model = get_peft_model(base, lora, calibration=known)
         say(trainable_line(model))
         if is_main:
             folder.check_space(_size_of(model))

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from datasets import Dataset
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.optim import Optimizer
 from transformers import PrinterCallback
 from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig, SFTTrainer
 
 from headstart.errors import BadOption, DataError, UnsupportedLayer
+from headstart.lora.optim import PreconditionedAdamW, lora_plus_groups, preconditioned_groups
 from headstart.tune import data
 from headstart.tune.folder import Folder
 from headstart.tune.recipe import RunConfig
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Trainer(SFTTrainer):
@@ -87,6 +91,7 @@ def build_trainer(
         train_dataset=rows.train,
         eval_dataset=rows.held_out,
         processing_class=tokenizer,
+        optimizer_cls_and_kwargs=_optimizer(model, config, arguments),
     )
     trainer.remove_callback(PrinterCallback)
     prepared = len(cast(Dataset, trainer.train_dataset))
@@ -94,6 +99,45 @@ def build_trainer(
     if prepared == 0 or (evaluates and len(cast(Dataset, trainer.eval_dataset)) == 0):
         raise DataError(f"no row has a token to learn within max_length={config.max_length}: raise --max-length")
     return trainer
+
+
+def tokenized(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    assistant_only: bool,
+    config: RunConfig,
+) -> Iterable[dict[str, Tensor]]:
+    """Batches as the trainer makes them, for a model that is not trained: padded, not packed, with labels."""
+    arguments = SFTConfig(
+        output_dir=str(Folder(Path(config.output)).checkpoints),
+        per_device_train_batch_size=config.batch_size,
+        max_length=config.max_length,
+        assistant_only_loss=assistant_only,
+        gradient_checkpointing=config.gradient_checkpointing,
+        bf16=False,
+        seed=config.seed,
+        report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
+    )
+    own = vars(model).get("forward")
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+    if own is None:
+        vars(model).pop("forward", None)  # TRL's, which it gives every model that it trains.
+    return cast("Iterable[dict[str, Tensor]]", trainer.get_train_dataloader())
+
+
+def _optimizer(model: PeftModel, config: RunConfig, arguments: SFTConfig) -> tuple[type[Optimizer], Any] | None:
+    """The optimizer and its arguments, the parameter groups among them; None for the trainer's own AdamW."""
+    rate, decay = config.learning_rate, config.weight_decay
+    if config.optimizer == "adamw":
+        return None
+    if config.optimizer == "preconditioned":
+        groups = preconditioned_groups(model, rate, decay)
+        return PreconditionedAdamW, {"params": groups, "damping": config.damping}
+    adamw, settings = SFTTrainer.get_optimizer_cls_and_kwargs(arguments)
+    return adamw, {**settings, "params": lora_plus_groups(model, rate, config.lora_plus_ratio, weight_decay=decay)}
 
 
 def _check(model: PeftModel, config: RunConfig) -> None:

@@ -94,15 +94,16 @@ def run(
 
 def _project(base: nn.MultiheadAttention, branch: Branch | None, x: Tensor, index: int) -> Tensor:
     """The queries, the keys or the values."""
-    assert base.in_proj_weight is not None
+    weight = base.in_proj_weight if branch is None or branch.base is None else branch.base
+    assert weight is not None
     rows = slice(index * base.embed_dim, (index + 1) * base.embed_dim)
     bias = None if base.in_proj_bias is None else base.in_proj_bias[rows]
     if branch is None:
-        return F.linear(x, base.in_proj_weight[rows], bias)
+        return F.linear(x, weight[rows], bias)
     frozen = (branch.anchor[0], branch.anchor[1][rows]) if branch.anchor else None
     return kernels.linear(
         x,
-        base.in_proj_weight[rows],
+        weight[rows],
         bias,
         branch.A,
         branch.B[rows],

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from headstart.lora import matrix
 from headstart.lora.delta import Branch
-from headstart.lora.layers.layer import LoraLayer
+from headstart.lora.layers.layer import LoraLayer, frozen_output
 from headstart.lora.matrix import Layout
 
 
@@ -25,7 +25,7 @@ class LoraConv(LoraLayer):
 
 def run(base: Any, layout: Layout, branch: Branch, x: Tensor) -> Tensor:
     """The frozen convolution and its branch."""
-    y: Tensor = base(x)
+    y = frozen_output(base, branch, x)
     if branch.magnitude is not None and base.bias is not None:
         y = y - _per_channel(base, base.bias, y)
     seen = F.dropout(x, branch.dropout) if branch.dropout else x

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from headstart.errors import UnsupportedLayer
 from headstart.lora.delta import Branch, difference
-from headstart.lora.layers.layer import LoraLayer, Start
+from headstart.lora.layers.layer import LoraLayer, Start, frozen_output
 from headstart.lora.matrix import Layout
 
 
@@ -37,7 +37,7 @@ class LoraEmbedding(LoraLayer):
 
 def run(base: Any, layout: Layout, branch: Branch, ids: Tensor) -> Tensor:
     """The frozen lookup and its branch."""
-    y: Tensor = base(ids)
+    y = frozen_output(base, branch, ids)
     A, B = difference((branch.A, branch.B), branch.anchor)
     rows = F.embedding(ids, A.T, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
     out = F.linear(rows.to(y.dtype), B.to(y.dtype))

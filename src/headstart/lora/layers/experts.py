@@ -28,6 +28,7 @@ class LoraExperts(LoraLayer):
 
 def effective_weight(layout: Layout, weight: Tensor, branch: Branch) -> Tensor:
     """W + ΔW, differentiable in the factors."""
+    weight = weight if branch.base is None else branch.base
     A, B = branch.A, branch.B
     if branch.anchor is None:
         change = B @ A

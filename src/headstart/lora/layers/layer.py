@@ -2,6 +2,8 @@
 
     y = W·x + s·B·A·d(x)                          d: dropout, in training
     y = W·x + s·(B·A − B₀·A₀)·d(x)                anchored: the function at step zero is the base's
+    y = W·x + s·B·R·A·d(x)                        a trained core R between the two
+    y = Q·x + s·B·A·d(x)                          a quantised base Q in W's place
     y = m/‖W + s·B·A‖ ⊙ (W·x + s·B·A·d(x))        DoRA, m: (m,), norms by row
 
 A layer holds its frozen module as `base_layer`, whose weight is never written to. The parameters carry the names of
@@ -17,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from headstart.errors import AdapterState
-from headstart.lora import delta, matrix
+from headstart.lora import delta, matrix, quantized
 from headstart.lora.delta import Branch, NormCache
 from headstart.lora.matrix import Layout, Pair
+from headstart.lora.rebase import Base
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -34,6 +37,8 @@ class Start:
         anchor: frozen copies of both where the start must not move the function.
         rank, alpha, scaling: of the layer.
         frozen: the factors that do not train.
+        core: (blocks, r, r), trained between the factors.
+        base: what the branch stands on where that is not the frozen weight as it was given.
         dropout: on the branch, in training.
         magnitude: DoRA's row norms, (m,).
     """
@@ -45,6 +50,8 @@ class Start:
     scaling: float
     anchor: Pair | None = None
     frozen: frozenset[str] = frozenset()
+    core: Tensor | None = None
+    base: Base | None = None
     dropout: float = 0.0
     magnitude: Tensor | None = None
 
@@ -70,6 +77,9 @@ class LoraLayer(nn.Module):
     base_layer: nn.Module
     anchor_A: Tensor | None
     anchor_B: Tensor | None
+    base_weight: Tensor | None
+    taken_A: Tensor | None
+    taken_B: Tensor | None
 
     def __init__(self, base: nn.Module, layout: Layout, start: Start, parameter: str = "weight") -> None:
         super().__init__()
@@ -77,8 +87,15 @@ class LoraLayer(nn.Module):
         anchor_A, anchor_B = start.anchor or (None, None)
         self.register_buffer("anchor_A", anchor_A)
         self.register_buffer("anchor_B", anchor_B)
+        replaced = start.base or Base(None)
+        taken_A, taken_B = replaced.taken or (None, None)
+        self.register_buffer("base_weight", replaced.weight)
+        self.register_buffer("taken_A", taken_A)
+        self.register_buffer("taken_B", taken_B)
+        self.recipe = replaced.recipe
         magnitude = None if start.magnitude is None else nn.Parameter(start.magnitude)
         self.register_parameter("lora_magnitude_vector", magnitude)
+        self.register_parameter("lora_core", None if start.core is None else nn.Parameter(start.core))
         self.base_layer = base
         self.layout = layout
         self.parameter_name = matrix.weight_name(frozen_module(base), parameter)
@@ -102,9 +119,23 @@ class LoraLayer(nn.Module):
         return self.lora_A.weight, self.lora_B.weight
 
     @property
+    def plain_factors(self) -> Pair:
+        """The same with the core multiplied into A: what everyone else calls A and B."""
+        core = self._parameters["lora_core"]
+        return self.factors if core is None else self.layout.with_core(*self.factors, core)
+
+    @property
     def anchor(self) -> Pair | None:
         """A₀ and B₀, as they are stored."""
         return None if self.anchor_A is None or self.anchor_B is None else (self.anchor_A, self.anchor_B)
+
+    @property
+    def base(self) -> Base | None:
+        """What the branch stands on where that is not the frozen weight as it was given."""
+        if self.recipe is None:
+            return None
+        taken = None if self.taken_A is None or self.taken_B is None else (self.taken_A, self.taken_B)
+        return Base(self.recipe, self.base_weight, taken)
 
     @property
     def magnitude(self) -> nn.Parameter | None:
@@ -130,10 +161,20 @@ class LoraLayer(nn.Module):
     def branch(self) -> Branch:
         """The branch as it runs now."""
         dropout = self.dropout if self.training else 0.0
-        branch = Branch(*self.factors, self.scaling, self.anchor, dropout, self.magnitude)
+        branch = Branch(*self.plain_factors, self.scaling, self.anchor, dropout, self.magnitude, base=self.base_weight)
         if branch.magnitude is None:
             return branch
-        return branch.with_norm(delta.row_norms(self.layout, self.original, branch, self._norms, self.training))
+        source = self.original if self.base_weight is None else self.base_weight
+        norms = delta.row_norms(self.layout, source, branch, self._norms, self.training, self.frozen_values)
+        return branch.with_norm(norms)
+
+    def frozen_values(self) -> Tensor:
+        """The values of what the branch stands on."""
+        return self.original_values() if self.base_weight is None else self.base_weight
+
+    def original_values(self) -> Tensor:
+        """The values of the weight that the model was given."""
+        return matrix.dense(self.original, frozen_module(self.base_layer))
 
     @property
     def weight_parameter(self) -> nn.Parameter:
@@ -150,14 +191,17 @@ class LoraLayer(nn.Module):
         return bool(self._merged.original)
 
     def merged_weight(self) -> Tensor:
-        """A new tensor: the weight with the branch folded in, each element rounded once."""
-        return delta.merged_weight(self.layout, self.original.detach(), self.branch())
+        """A new tensor: the weight with the branch folded in. In half precision each element is rounded once.
 
-    def merge(self, weight: Tensor) -> None:
+        In float32 it is a chain of multiply-adds, wrong by a few ulp of its terms.
+        """
+        return delta.merged_weight(self.layout, self.frozen_values(), self.branch())
+
+    def merge(self, weight: nn.Parameter) -> None:
         """Put a merged weight in the place of the frozen one, which is kept for `unmerge`."""
         if not self._merged.original:
             self._merged.original.append(self.weight_parameter)
-        self._put(nn.Parameter(weight, requires_grad=False))
+        self._put(weight)
 
     def unmerge(self) -> None:
         """Put the frozen weight back: the same parameter, the same bits."""
@@ -169,7 +213,7 @@ class LoraLayer(nn.Module):
         self._merged.original.clear()
 
     def _put(self, weight: nn.Parameter) -> None:
-        frozen_module(self.base_layer)._parameters[self.parameter_name] = weight
+        quantized.put(frozen_module(self.base_layer), self.parameter_name, weight)
 
     def __getattr__(self, name: str) -> Any:
         # Models read `layer.weight.dtype`, `layer.in_features`, …: the frozen module answers.
@@ -187,6 +231,14 @@ class LoraLayer(nn.Module):
         words += ["dora"] if self.magnitude is not None else []
         words += ["merged"] if self.merged else [] if self.enabled else ["disabled"]
         return ", ".join(words)
+
+
+def frozen_output(module: nn.Module, branch: Branch, *args: Any, **kwargs: Any) -> Tensor:
+    """What the frozen module puts out; with the branch's base in its weight's place, where it has one."""
+    if branch.base is None:
+        return module(*args, **kwargs)  # type: ignore[no-any-return]
+    swapped = {matrix.weight_name(module): branch.base}
+    return torch.func.functional_call(module, swapped, args, kwargs)  # type: ignore[no-any-return]
 
 
 def frozen_module(module: nn.Module) -> nn.Module:

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from headstart.lora import branch as kernels
-from headstart.lora import matrix
+from headstart.lora import matrix, quantized
 from headstart.lora.delta import Branch
-from headstart.lora.layers.layer import LoraLayer
+from headstart.lora.layers.layer import LoraLayer, frozen_output
 from headstart.lora.matrix import Layout
 
 _OutProjection = nn.modules.linear.NonDynamicallyQuantizableLinear
@@ -32,7 +32,7 @@ def run(base: nn.Module, layout: Layout, branch: Branch, x: Tensor, *args: Any, 
     if _is_plain(base):
         return kernels.linear(
             x,
-            matrix.parameter_of(base),
+            matrix.parameter_of(base) if branch.base is None else branch.base,
             bias,
             A,
             B,
@@ -43,7 +43,7 @@ def run(base: nn.Module, layout: Layout, branch: Branch, x: Tensor, *args: Any, 
             norm=branch.norm,
             transposed=layout.transposed,
         )
-    y: Tensor = base(x, *args, **kwargs)
+    y = frozen_output(base, branch, x, *args, **kwargs)
     if branch.magnitude is None:
         return kernels.add_branch(y, x, A, B, branch.scaling, frozen=frozen, dropout=branch.dropout)
     y = y if bias is None else y - bias
@@ -55,6 +55,8 @@ def run(base: nn.Module, layout: Layout, branch: Branch, x: Tensor, *args: Any, 
 def _is_plain(base: nn.Module) -> bool:
     """Whether calling the module is no more than a product with its weight."""
     if type(base) is not nn.Linear and type(base) is not _OutProjection and not matrix.is_conv1d(base):
+        return False
+    if quantized.is_quantized(base._parameters["weight"]):  # torchao, which keeps the class
         return False
     if "forward" in base.__dict__:  # accelerate's, which fetches an offloaded weight
         return False

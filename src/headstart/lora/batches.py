@@ -1,0 +1,101 @@
+"""What a batch is to a model: a mapping, a tuple or a tensor, and which of its tokens count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headstart.errors import CalibrationError
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """The batch on a device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {name: moved(value, device) for name, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return type(batch)(moved(value, device) for value in batch)
+    return batch
+
+
+def first_row(batch: Any) -> Any:
+    """The batch with one row of each of its tensors; as it is where they do not have as many rows as each other."""
+    rows = {len(value) for value in tensors(batch) if value.ndim}
+    if len(rows) != 1 or any(not value.ndim for value in tensors(batch)):
+        return batch
+    if isinstance(batch, Mapping):
+        return {name: value[:1] if isinstance(value, Tensor) else value for name, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return type(batch)(value[:1] if isinstance(value, Tensor) else value for value in batch)
+    return batch[:1]
+
+
+def tensors(batch: Any) -> list[Tensor]:
+    """The tensors of a batch."""
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else [batch]
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def rows(batch: Any) -> int:
+    """How many rows a batch has."""
+    return next((len(value) for value in tensors(batch) if value.ndim), 1)
+
+
+def mask(batch: Any, device: torch.device) -> Tensor | None:
+    """Which tokens count, (tokens,): those that are no padding and carry a label. None where all of them do."""
+    if not isinstance(batch, Mapping):
+        return None
+    padding, labels = batch.get("attention_mask"), batch.get("labels")
+    found = padding.bool() if isinstance(padding, Tensor) and padding.ndim == 2 else None
+    if isinstance(labels, Tensor) and labels.ndim == 2 and (found is None or labels.shape == found.shape):
+        found = labels != -100 if found is None else found & (labels != -100)
+    return None if found is None or bool(found.all()) else found.reshape(-1).to(device)
+
+
+def tokens(batch: Any) -> int:
+    """How many tokens of a batch count; its rows where it holds no tokens."""
+    kept = mask(batch, torch.device("cpu"))
+    if kept is not None:
+        return int(kept.sum())
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    return ids.numel() if isinstance(ids, Tensor) else rows(batch)
+
+
+def labelled(model: nn.Module, batch: Any) -> float:
+    """How many tokens a model's own loss is the mean of."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not isinstance(labels, Tensor) or labels.ndim < 2:
+        return float(rows(batch))
+    predicts_next = type(model).__name__.endswith(("CausalLM", "LMHeadModel"))
+    return float((labels[:, 1:] if predicts_next else labels).ne(-100).sum())
+
+
+def peeked(data: Iterable[Any], name: str) -> tuple[Any, Iterator[Any]]:
+    """The first batch, and an iterator that still begins with it.
+
+    Raises:
+        CalibrationError: if there is none.
+    """
+    if isinstance(data, str | Mapping | Tensor) or not isinstance(data, Iterable):
+        raise CalibrationError(f"{name} is a {type(data).__name__}: pass an iterable of batches, as [batch]")
+    stream = iter(data)
+    for first in stream:
+        return first, chain([first], stream)
+    raise CalibrationError(f"{name} holds no batch: check the dataset and its filters")
+
+
+def shown(stream: Iterator[Any], limit: int, progress: bool) -> Iterator[Any]:
+    """At most `limit` batches, behind a progress bar where one is wanted and tqdm is installed."""
+    bounded = islice(stream, limit)
+    if not progress:
+        return bounded
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return bounded
+    return iter(tqdm(bounded, desc="calibrating", unit="batch", total=limit))

@@ -1,0 +1,360 @@
+"""One pass over the user's data: the union of the statistics that some configs ask for, in memory known beforehand.
+
+    probe    a first row shows which layers run, and which of them are given the same tensor (q, k, v; gate, up)
+    pass     inputs are counted in forwards, gradients merged in backwards, each micro-batch at once
+    reduce   the processes of a distributed run end with the same statistics
+
+Means are weighted by tokens, not by batches. The model comes back as it was, whatever happens.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headstart.errors import BadOption, CalibrationError, MissingStatistic, UnsupportedLayer
+from headstart.linalg import named_generator
+from headstart.lora import batches as reading
+from headstart.lora import matrix, reduce
+from headstart.lora.calibration import Calibration, Found, each, size, tensors
+from headstart.lora.config import LoraConfig, Target, targets
+from headstart.lora.observe import Observer, Sharing, is_called, undisturbed
+from headstart.statistics import GradientSpectrum, GradientSum, InputSpectrum, Moments, Squares
+
+Loss = Callable[[nn.Module, Any], Any]
+INPUTS = ("inputs", "preserved")
+GRADIENTS = ("gradient", "output_gradients", "output_squares")
+WIDTH = 4  # directions kept of a gradient for each rank of the adapter
+
+
+def calibrate(
+    model: nn.Module,
+    config: LoraConfig | Sequence[LoraConfig],
+    data: Iterable[Any],
+    *,
+    preserve: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    batches: int = 64,
+    dense: bool = False,
+    exact_inputs: bool = True,
+    memory_limit: int | None = None,
+    progress: bool = False,
+) -> Calibration:
+    """Measure what the strategies of one config, or of several at once, need to know about the data.
+
+    Args:
+        model: the base, before it is adapted; it comes back untouched.
+        config: what will be adapted, and how it starts.
+        data: batches that the model's forward accepts (mappings, tuples or tensors), read once. Padding by
+            `attention_mask` and tokens whose `labels` are -100 do not count as inputs.
+        preserve: batches of what is not to be forgotten, for the strategies that ask for it.
+        loss: from the model and a batch to a mean loss, or to a mean loss and the number of tokens that it is a mean
+            of; left out, the loss that the model returns.
+        batches: at most so many are read.
+        dense: keep every gradient whole, which takes as much memory as the adapted weights in float32.
+        exact_inputs: keep second moments whole, (n, n); otherwise their leading directions.
+        memory_limit: of the statistics, in bytes.
+        progress: show a bar, where tqdm is installed.
+
+    Raises:
+        CalibrationError: no batch, no loss, a loss that is not finite, statistics beyond the limit.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 1))
+        >>> batches = [torch.randn(8, 4) for _ in range(3)]
+        >>> found = calibrate(model, LoraConfig(r=2, init_lora_weights="eva"), batches)
+        >>> found.batches, found.layers["0"]["inputs"][0].count
+        (3, 24)
+    """
+    configs = [config] if isinstance(config, LoraConfig) else list(config)
+    plan = _Plan.of(model, configs, dense, exact_inputs)
+    if preserve is None and plan.asks("preserved"):
+        raise MissingStatistic("this strategy weighs the data against what is to be preserved: pass preserve=")
+    if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
+        raise BadOption(f"batches is {batches!r}: choose an integer of at least 1")
+    began, modules = time.perf_counter(), [target.module for target in plan.targets.values()]
+    with undisturbed(model):
+        with reduce.together():
+            first, stream = reading.peeked(data, "data")
+            count = min(batches, len(data)) if isinstance(data, Sized) else batches
+            calls = Calls(model, loss, plan.asks(*GRADIENTS), modules)
+            leaders = _probe(plan, calls, first)
+            _check_limit(plan.empty(leaders, torch.device("meta")), memory_limit)
+        reduce.agree(leaders, "the layers that run")
+        with reduce.together():
+            found, seen = plan.empty(leaders), Seen()
+            one_pass = _Pass(plan, found, leaders, calls, seen)
+            one_pass.run(reading.shown(stream, count, progress), halfway=count // 2)
+            if preserve is not None and plan.asks("preserved"):
+                _, others = reading.peeked(preserve, "preserve")
+                alone = _Pass(plan, found, leaders, Calls(model, loss, False, modules), Seen(), preserved=True)
+                alone.run(reading.shown(others, batches, progress))
+    reduce.everywhere(each(found), plan.seed)
+    reduce.total(seen)
+    _check_finite(found)
+    _compare(found)
+    return Calibration(found, seen.batches, seen.tokens, seen.mean_loss, time.perf_counter() - began)
+
+
+@dataclass
+class Seen:
+    """What a pass counts.
+
+    Attributes:
+        batches, tokens: that were read; loss: the sum of the tokens' losses; weight: how many have one.
+    """
+
+    batches: int = 0
+    tokens: int = 0
+    loss: float = 0.0
+    weight: float = 0.0
+
+    @property
+    def mean_loss(self) -> float | None:
+        return self.loss / self.weight if self.weight else None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is collected where: every layer's needs, and the largest rank that asks for them."""
+
+    targets: Mapping[str, Target]
+    needs: Mapping[str, frozenset[str]]
+    ranks: Mapping[str, int]
+    seed: int
+    dense: bool
+    exact_inputs: bool
+
+    @classmethod
+    def of(cls, model: nn.Module, configs: Sequence[LoraConfig], dense: bool, exact_inputs: bool) -> _Plan:
+        chosen: dict[str, Target] = {}
+        needs: dict[str, frozenset[str]] = {}
+        ranks: dict[str, int] = {}
+        for config in configs:
+            for target in targets(model, config) if config.strategy.needs else ():
+                chosen[target.name] = target
+                needs[target.name] = needs.get(target.name, frozenset()) | set(config.strategy.needs)
+                ranks[target.name] = max(ranks.get(target.name, 0), target.layout.block_rank(target.rank))
+        if not chosen:
+            names = " and ".join(repr(config.strategy.name) for config in configs)
+            raise BadOption(f"{names} looks at no data: leave the calibration data out")
+        for name, target in chosen.items():
+            if needs[name] - {"gradient"} and (not is_called(target) or target.layout.kind == "embedding"):
+                raise UnsupportedLayer(
+                    f"the inputs of {name!r} are token ids, or are not seen because it is not called as a module: "
+                    "exclude it, or choose an init that needs its gradient alone"
+                )
+        return cls(chosen, needs, ranks, configs[0].seed, dense, exact_inputs)
+
+    def asks(self, *names: str) -> bool:
+        return any(needs & set(names) for needs in self.needs.values())
+
+    def empty(self, leaders: Mapping[str, str], device: torch.device | None = None) -> Found:
+        """Statistics of nothing, for every layer that runs; layers that are given the same inputs share theirs."""
+        running = {n: t for n, t in self.targets.items() if n in leaders or not is_called(t)}
+        found: Found = {name: {} for name in running}
+        for name, target in running.items():
+            followers = [n for n, leader in leaders.items() if leader == name]
+            shared = {need for n in followers for need in self.needs[n] & set(INPUTS)}
+            place = device or matrix.parameter_of(target.module, target.parameter).device
+            blocks = target.layout.blocks(matrix.outline(target.module, target.parameter))
+            for need in sorted(shared | (self.needs[name] - set(INPUTS))):
+                found[name][need] = [
+                    self._new(need, f"{name}:{i}", block, self.ranks[name], place) for i, block in enumerate(blocks)
+                ]
+        for name, leader in leaders.items():
+            target = self.targets[name]
+            count = len(target.layout.blocks(matrix.outline(target.module, target.parameter)))
+            for need in self.needs[name] & set(INPUTS):
+                own = found[leader][need]
+                # The parts of a fused projection multiply the same rows.
+                found[name][need] = own[:1] * count if target.layout.copies > 1 or len(own) != count else own
+        return found
+
+    def _new(self, need: str, name: str, block: Tensor, rank: int, device: torch.device) -> Any:
+        m, n = block.shape
+        generator = named_generator(self.seed, need, name)
+        if need == "gradient":
+            kind = GradientSum if self.dense else GradientSpectrum
+            return kind.empty(m, n, WIDTH * rank, generator, device)
+        if need == "output_gradients":
+            return Moments.empty(m, device)
+        if need == "output_squares":
+            return Squares.empty(m, device)
+        return (
+            Moments.empty(n, device) if self.exact_inputs else InputSpectrum.empty(n, WIDTH * rank, generator, device)
+        )
+
+
+class Calls:
+    """How a batch goes through the model, and its loss back where gradients are asked for."""
+
+    def __init__(self, model: nn.Module, loss: Loss | None, backward: bool, watched: Iterable[nn.Module]) -> None:
+        self.model, self.loss, self.backward = model, loss, backward
+        asked: Any = getattr(model, "get_output_embeddings", None)
+        head = asked() if callable(asked) else None
+        self.head_counts = any(module is head for module in watched)
+        self.device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+
+    def forward(self, batch: Any) -> tuple[Tensor | None, float]:
+        """The mean loss, and the number of tokens that it is the mean of."""
+        batch = reading.moved(batch, self.device)
+        if self.loss is not None:
+            value = self.loss(self.model, batch)
+            return value if isinstance(value, tuple) else (value, float(reading.rows(batch)))
+        if isinstance(batch, Mapping):
+            output = self.model(**(batch if self.backward else self._without_loss(batch)))
+        else:
+            output = self.model(*batch) if isinstance(batch, tuple | list) else self.model(batch)
+        if not self.backward:
+            return None, 0.0
+        value = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        if value is None:
+            raise CalibrationError("the model returns no loss: put labels into the batches, or pass loss=")
+        return value, reading.labelled(self.model, batch)
+
+    def _without_loss(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Without gradients nobody asks for a language model's loss, nor for its logits, which cost as much."""
+        if not hasattr(self.model, "main_input_name"):
+            return dict(batch)
+        takes = inspect.signature(self.model.forward).parameters
+        few = {"logits_to_keep": 1} if "logits_to_keep" in takes and not self.head_counts else {}
+        return {name: value for name, value in batch.items() if name != "labels"} | few
+
+
+def _probe(plan: _Plan, calls: Calls, first: Any) -> dict[str, str]:
+    """Which layers run, and the layer that keeps the inputs of each."""
+    observer = Observer({name: target for name, target in plan.targets.items() if is_called(target)})
+    with observer.watching(), torch.no_grad():
+        calls.forward(reading.first_row(first))
+    leaders = observer.sharing.leaders(plan.targets)
+    if not leaders and all(map(is_called, plan.targets.values())):
+        raise CalibrationError("the first batch reaches none of the layers that are to be adapted: check the batch")
+    return leaders
+
+
+class _Pass:
+    """The batches, one after the other, into the statistics."""
+
+    def __init__(
+        self,
+        plan: _Plan,
+        found: Found,
+        leaders: Mapping[str, str],
+        calls: Calls,
+        seen: Seen,
+        preserved: bool = False,
+    ) -> None:
+        self.plan, self.found, self.leaders, self.calls, self.seen = plan, found, leaders, calls, seen
+        self.inputs = "preserved" if preserved else "inputs"
+        self.mask: Tensor | None = None
+        self.weight = 1.0
+        self.gradients = [s for layer in found.values() for s in layer.get("gradient", ())] if calls.backward else []
+
+    def run(self, stream: Iterator[Any], halfway: int = 0) -> None:
+        observer = Observer({name: self.plan.targets[name] for name in self.found})
+        observer.on_input = self._input if self.plan.asks(self.inputs) else None
+        if self.calls.backward:
+            observer.on_gradient, observer.on_weight = self._gradient, self._weight
+        with observer.watching():
+            for index, batch in enumerate(stream):
+                if index == halfway:
+                    for statistic in self.gradients:
+                        statistic.split()
+                self._batch(observer, index, batch)
+
+    def _batch(self, observer: Observer, index: int, batch: Any) -> None:
+        self.mask = reading.mask(batch, self.calls.device)
+        observer.sharing, observer.forward = Sharing(), True
+        with torch.set_grad_enabled(self.calls.backward):
+            value, self.weight = self.calls.forward(batch)
+        self._check_sharing(observer.sharing, index)
+        self.seen.batches += 1
+        self.seen.tokens += reading.tokens(batch)
+        if value is None or not self.calls.backward:
+            return
+        loss = float(value.detach())
+        if not math.isfinite(loss):
+            raise CalibrationError(f"the loss of calibration batch {index} is {loss}: look at that batch")
+        if not value.requires_grad:
+            raise CalibrationError("the loss does not depend on any layer that is to be adapted: check the loss")
+        self.seen.loss += loss * self.weight
+        self.seen.weight += self.weight
+        observer.forward = False
+        value.backward()
+        for statistic in self.gradients:
+            statistic.count += self.weight
+
+    def _input(self, name: str, x: Tensor) -> None:
+        if self.leaders[name] == name and self.inputs in self.found[name]:
+            target = self.plan.targets[name]
+            both = zip(self.found[name][self.inputs], target.layout.input_rows(target.module, x), strict=True)
+            for statistic, X in {id(statistic): (statistic, X) for statistic, X in both}.values():
+                statistic.add(self._counted(X))
+
+    def _gradient(self, name: str, x: Tensor, dy: Tensor) -> None:
+        target, found = self.plan.targets[name], self.found[name]
+        outputs = target.layout.output_rows(target.module, dy)
+        for need in ("output_gradients", "output_squares"):
+            for i, statistic in enumerate(found.get(need, ())):
+                statistic.add(self._counted(outputs[i]).float() * self.weight)
+        if "gradient" not in found:
+            return
+        if target.layout.kind == "embedding":
+            (statistic,), (D,) = found["gradient"], [outputs[0].float() * self.weight]
+            statistic.add_dense(D.new_zeros(statistic.shape[1], D.shape[1]).index_add_(0, x.reshape(-1), D).t())
+            return
+        inputs = target.layout.input_rows(target.module, x)
+        for statistic, D, X in zip(found["gradient"], outputs, inputs, strict=True):
+            statistic.add(D, X, self.weight)
+
+    def _weight(self, name: str, gradient: Tensor) -> None:
+        blocks = self.plan.targets[name].layout.blocks(gradient)
+        for statistic, block in zip(self.found[name]["gradient"], blocks, strict=True):
+            statistic.add_dense(block.float() * self.weight)
+
+    def _counted(self, rows: Tensor) -> Tensor:
+        """Without padding, where these are rows of tokens."""
+        return rows if self.mask is None or len(rows) != len(self.mask) else rows[self.mask]
+
+    def _check_sharing(self, sharing: Sharing, index: int) -> None:
+        for name, calls in sharing.seen.items():
+            if name not in self.leaders:
+                raise CalibrationError(
+                    f"layer {name!r} runs in batch {index} and not in the first: begin with that batch, or exclude it"
+                )
+            if calls != sharing.seen.get(self.leaders[name]):
+                raise CalibrationError(
+                    f"layer {name!r} is given the inputs of {self.leaders[name]!r} in the first batch and others in "
+                    f"batch {index}: calibrate them apart, with exclude_modules"
+                )
+
+
+def _check_finite(found: Found) -> None:
+    for name, kinds in found.items():
+        for kind, blocks in kinds.items():
+            if not all(bool(t.isfinite().all()) for statistic in blocks for t in tensors(statistic)):
+                raise CalibrationError(f"layer {name!r} met NaN or infinite {kind.replace('_', ' ')}: look at the data")
+
+
+def _compare(found: Found) -> None:
+    """Every layer's gradient is told the largest of all."""
+    gradients = [s for layer in found.values() for s in layer.get("gradient", ()) if s.count]
+    largest = max((s.norm() for s in gradients), default=0.0)
+    for statistic in gradients:
+        statistic.largest = largest or None
+
+
+def _check_limit(found: Found, limit: int | None) -> None:
+    if limit is not None and size(found) > limit:
+        raise CalibrationError(
+            f"the statistics of {len(found)} layers take {size(found) / 2**20:.1f} MB and the limit is "
+            f"{limit / 2**20:.1f} MB: adapt fewer layers, lower the rank, or pass exact_inputs=False"
+        )

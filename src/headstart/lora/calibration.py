@@ -1,0 +1,160 @@
+"""What a pass over the data found: an object that can be looked at, saved and used again."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headstart.errors import AdapterFormatError, MissingStatistic, NoSignal
+from headstart.statistics import NAMES, GradientSpectrum, GradientSum, InputSpectrum, Moments, Squares
+
+Found = dict[str, dict[str, list[Any]]]  # by layer, by statistic: one for each block of the weight
+_KINDS = {kind.__name__: kind for kind in (Moments, InputSpectrum, Squares, GradientSpectrum, GradientSum)}
+_FORMAT = "headstart calibration 1"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The statistics of a model's layers on some data.
+
+    Attributes:
+        layers: of every layer that ran, by name of the layer and of the statistic; one for each block of its weight.
+        batches, tokens: that were read; loss: its mean over the tokens, where one was asked for.
+        seconds: of wall time.
+    """
+
+    layers: Mapping[str, Mapping[str, Sequence[Any]]]
+    batches: int
+    tokens: int
+    loss: float | None = None
+    seconds: float = 0.0
+
+    def of(self, name: str, needs: Sequence[str], block: int) -> dict[str, Any]:
+        """What a strategy needs to know about one block of a layer's weight.
+
+        Raises:
+            NoSignal: if the layer never ran. MissingStatistic: if something was not collected.
+        """
+        if name not in self.layers:
+            raise NoSignal("the calibration data never reached this layer: exclude it, or set init_fallback")
+        found = self.layers[name]
+        for need in needs:
+            if need not in found:
+                raise MissingStatistic(
+                    f"the calibration holds no {need!r} ({NAMES[need]}): calibrate for this init too"
+                )
+        return {need: found[need][block] for need in needs}
+
+    def facts(self) -> dict[str, Any]:
+        """What the init report says about the data."""
+        return {name: value for name, value in vars(self).items() if name != "layers"}
+
+    @property
+    def bytes(self) -> int:
+        """The memory that the statistics take; what layers share is counted once."""
+        return size(self.layers)
+
+    def save(self, path: str | Path) -> None:
+        """Write it to one safetensors file, whole or not at all. What layers share is written once."""
+        from safetensors.torch import save_file
+
+        tensors: dict[str, Tensor] = {}
+        entries: dict[str, dict[str, Any]] = {}
+        keys: dict[int, str] = {}
+        for key, statistic in each(self.layers).items():
+            keys[id(statistic)] = key
+            stored: dict[str, Any] = {}
+            for name, value in _state(statistic).items():
+                parts = value if isinstance(value, list | tuple) else [value]
+                if isinstance(parts[0], Tensor):
+                    tensors |= {f"{key}.{name}.{i}": part.contiguous() for i, part in enumerate(parts)}
+                    stored[name] = {"tensors": len(parts), "as": type(value).__name__}
+                else:
+                    stored[name] = {"number": value}
+            entries[key] = {"kind": type(statistic).__name__, "fields": stored}
+        layers = {n: {k: [keys[id(s)] for s in v] for k, v in found.items()} for n, found in self.layers.items()}
+        header = {"format": _FORMAT, "layers": layers, "statistics": entries, "facts": self.facts()}
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            save_file(tensors, partial, metadata={"headstart": json.dumps(header)})
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Calibration:
+        """Read what `save` wrote.
+
+        Raises:
+            AdapterFormatError: if the file is something else.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {}).get("headstart", "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if header.get("format") != _FORMAT:
+                raise AdapterFormatError(f"{path} is no calibration of this version: calibrate again")
+            found = {key: _restored(key, entry, tensors) for key, entry in header["statistics"].items()}
+            layers = {n: {k: [found[s] for s in v] for k, v in kinds.items()} for n, kinds in header["layers"].items()}
+            return cls(layers, **header["facts"])
+        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise AdapterFormatError(f"{path} is no calibration: {error}") from error
+
+    def __str__(self) -> str:
+        kinds = sorted({kind for found in self.layers.values() for kind in found})
+        loss = "" if self.loss is None else f", loss {self.loss:.4f}"
+        return (
+            f"{', '.join(kinds)} of {len(self.layers)} layers: {self.batches} batches, {self.tokens:,} tokens{loss}, "
+            f"{self.bytes / 2**20:.1f} MB, {self.seconds:.1f} s"
+        )
+
+
+def each(layers: Mapping[str, Mapping[str, Sequence[Any]]]) -> dict[str, Any]:
+    """Every statistic once, by the first layer, kind and block that has it."""
+    found: dict[int, tuple[str, Any]] = {}
+    for name, kinds in layers.items():
+        for kind, blocks in kinds.items():
+            for i, statistic in enumerate(blocks):
+                found.setdefault(id(statistic), (f"{name}:{kind}:{i}", statistic))
+    return dict(found.values())
+
+
+def size(layers: Mapping[str, Mapping[str, Sequence[Any]]]) -> int:
+    """The bytes of all statistics, what layers share once."""
+    return sum(t.numel() * t.element_size() for s in each(layers).values() for t in tensors(s))
+
+
+def tensors(statistic: Any) -> list[Tensor]:
+    """The tensors that a statistic keeps."""
+    values = [v if isinstance(v, list | tuple) else [v] for v in _state(statistic).values()]
+    return [part for parts in values for part in parts if isinstance(part, Tensor)]
+
+
+def _state(statistic: Any) -> dict[str, Any]:
+    """The fields of a statistic but what is of no use once the data was read, or can be found again."""
+    return {f.name: getattr(statistic, f.name) for f in fields(statistic) if f.name not in ("generator", "known")}
+
+
+def _restored(key: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    values: dict[str, Any] = {}
+    for name, stored in entry["fields"].items():
+        if "number" in stored:
+            values[name] = stored["number"]
+            continue
+        parts = [tensors[f"{key}.{name}.{i}"] for i in range(stored["tensors"])]
+        values[name] = parts if stored["as"] == "list" else tuple(parts) if stored["as"] == "tuple" else parts[0]
+    kind = _KINDS[entry["kind"]]
+    if "generator" in {f.name for f in fields(kind)}:
+        values["generator"] = torch.Generator().manual_seed(0)
+    return kind(**values)

@@ -1,0 +1,128 @@
+"""A config whose ranks follow what a calibration found: the same budget, spent where it is worth most."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from headstart.errors import BadOption, MissingStatistic, nearest
+from headstart.linalg import named_generator
+from headstart.lora import matrix
+from headstart.lora.calibration import Calibration
+from headstart.lora.config import LoraConfig, Target, targets
+from headstart.lora.ranks import (
+    Allocation,
+    allocate,
+    explained_variance,
+    gradient_energy,
+    importance_of,
+    in_proportion,
+)
+
+RULES = {"eva": "inputs", "gradient": "gradient", "gora": "gradient"}
+
+
+def redistribute(
+    model: nn.Module,
+    config: LoraConfig,
+    calibration: Calibration | None = None,
+    *,
+    rule: str = "eva",
+    scores: Mapping[str, Sequence[float]] | None = None,
+    budget: int | None = None,
+    minimum: int = 0,
+    maximum: int | None = None,
+) -> tuple[LoraConfig, Allocation]:
+    """The config with its rank budget shared anew among its layers; layers without a rank are excluded.
+
+    Args:
+        model: the base.
+        config: what would be adapted, at which ranks: what that costs in parameters is the budget.
+        calibration: of this model, with the inputs (rule "eva") or the gradients (the others).
+        rule: "eva" the inputs' explained variance; "gradient" the gradient's energy; "gora" mean |W∘G|.
+        scores: instead of a rule, any spectrum: what the first, second, … rank of each layer is worth, falling.
+        budget: in parameters.
+        minimum, maximum: rank of any layer; by default none, and four times the config's.
+
+    Returns:
+        The config, with `rank_pattern` and `alpha_pattern` by full name so that every layer keeps its scaling, and the
+        allocation, which says what the ranks come to in parameters.
+
+    Raises:
+        BadOption: a rule that does not exist, a budget that the minimum exceeds.
+        MissingStatistic: if the calibration did not see what the rule looks at.
+
+    Example:
+        >>> from headstart.lora.calibrate import calibrate
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+        >>> config = LoraConfig(r=2, init_lora_weights="eva")
+        >>> found = calibrate(model, config, [torch.randn(64, 8)])
+        >>> _, allocation = redistribute(model, config, found, minimum=1)
+        >>> sum(allocation.ranks.values()), allocation.parameters
+        (4, 64)
+    """
+    chosen = targets(model, config)
+    costs = {target.name: _cost(target) for target in chosen}
+    largest = {target.name: maximum or 4 * target.rank for target in chosen}
+    if scores is None:
+        scores = _scores(chosen, calibration, rule, largest, config.seed)
+    if rule == "gora" and len(next(iter(scores.values()), ())) == 1:
+        importance = {name: values[0] for name, values in scores.items()}
+        allocation = in_proportion(importance, costs, rank=config.r, minimum=minimum or None, maximum=maximum)
+    else:
+        spent = sum(costs[target.name] * target.rank for target in chosen)
+        allocation = allocate(scores, costs, budget or spent, minimum=minimum, maximum=maximum)
+    ranks, alphas = allocation.patterns(config.r, config.lora_alpha, use_rslora=config.use_rslora)
+    changed = dataclasses.replace(
+        config,
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        exclude_modules=_without(config.exclude_modules, allocation.left_out),
+    )
+    return changed, allocation
+
+
+def _scores(
+    chosen: Sequence[Target], calibration: Calibration | None, rule: str, largest: Mapping[str, int], seed: int
+) -> dict[str, Sequence[float]]:
+    if rule not in RULES:
+        raise BadOption(f"no rule is called {rule!r}{nearest(rule, RULES)} (known: {', '.join(RULES)})")
+    if calibration is None:
+        raise MissingStatistic(f"rule {rule!r} looks at the data: pass what calibrate() found, or scores of your own")
+    found: dict[str, Sequence[float]] = {}
+    for target in chosen:
+        (block,) = _only_block(target)
+        known = calibration.of(target.name, (RULES[rule],), 0)[RULES[rule]]
+        k = min(largest[target.name], *block.shape)
+        if rule == "eva":
+            found[target.name] = explained_variance(known, k)
+        elif rule == "gradient":
+            found[target.name] = gradient_energy(known, k, named_generator(seed, rule, target.name))
+        else:
+            found[target.name] = [importance_of(block, known)]
+    return found
+
+
+def _only_block(target: Target) -> list[Tensor]:
+    blocks = target.layout.blocks(matrix.values(target.module, target.parameter))
+    if len(blocks) > 1:
+        raise BadOption(f"{target.name!r} is made of {len(blocks)} matrices, which have one rank: exclude it")
+    return blocks
+
+
+def _cost(target: Target) -> int:
+    """Parameters of one rank."""
+    blocks = target.layout.blocks(matrix.outline(target.module, target.parameter))
+    return sum(sum(block.shape) for block in blocks) * target.layout.block_rank(target.rank) // target.rank
+
+
+def _without(excluded: str | Sequence[str] | None, names: Sequence[str]) -> str | Sequence[str] | None:
+    if not names:
+        return excluded
+    if isinstance(excluded, str):
+        return "|".join([f"(?:{excluded})", *map(re.escape, names)])
+    return [*(excluded or ()), *names]
