@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from headstart.lora.calibrate import calibrate
     from headstart.lora.calibration import Calibration
     from headstart.lora.config import LoraConfig
+    from headstart.lora.line_search import search_step
     from headstart.lora.optim import PreconditionedAdamW, lora_plus_groups, preconditioned_groups
     from headstart.lora.redistribute import redistribute
     from headstart.lora.report import InitReport
@@ -35,6 +36,7 @@ _HOMES = {
     "lora.calibration": ("Calibration",),
     "lora.config": ("LoraConfig",),
     "lora.optim": ("PreconditionedAdamW", "lora_plus_groups", "preconditioned_groups"),
+    "lora.line_search": ("search_step",),
     "lora.redistribute": ("redistribute",),
     "lora.report": ("InitReport",),
 }
@@ -59,6 +61,7 @@ __all__ = [
     "register",
     "remove",
     "save",
+    "search_step",
     "strategies",
     "unmerge",
 ]
