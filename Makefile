@@ -20,7 +20,7 @@ demo: env ## fine-tune a real pretrained model on this machine, in minutes, and 
 	$(BIN)/headstart demo $(ARGS)
 
 test: dev ## the whole suite
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n auto $(ARGS)
 
 check: dev ## lint, formatting, types
 	$(BIN)/ruff check .

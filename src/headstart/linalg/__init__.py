@@ -7,7 +7,7 @@ triplets.py   the leading and the trailing triplets: routes and escalation
 lowrank.py    thin factors: QR, recompression, merging, row norms
 """
 
-from headstart.linalg.lowrank import add_lowrank, lowrank_row_norms, recompress, row_norms_squared, thin_qr
+from headstart.linalg.lowrank import add_lowrank, lowrank_row_norms, recompress, rounded, row_norms_squared, thin_qr
 from headstart.linalg.sides import Operator
 from headstart.linalg.spectrum import Certificate, Spectrum
 from headstart.linalg.triplets import bottomk_svd, named_generator, topk_svd
@@ -21,6 +21,7 @@ __all__ = [
     "lowrank_row_norms",
     "named_generator",
     "recompress",
+    "rounded",
     "row_norms_squared",
     "thin_qr",
     "topk_svd",

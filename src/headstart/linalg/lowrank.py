@@ -88,6 +88,16 @@ def add_lowrank(
         return out
 
 
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """float64 in another dtype, rounded once, to nearest even.
+
+    Example:
+        >>> rounded(torch.tensor([1 + 2.0**-8 + 2.0**-40], dtype=torch.float64), torch.bfloat16).item()
+        1.0078125
+    """
+    return (_round_to_odd(x, torch.empty_like(x)) if dtype.itemsize == 2 else x).to(dtype)
+
+
 def _round_to_odd(x: Tensor, out: Tensor) -> Tensor:
     """float64 cut to 14 binary digits, of which the last is set where anything was cut off.
 

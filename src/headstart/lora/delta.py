@@ -108,7 +108,7 @@ def _add(weight: Tensor, B: Tensor, A: Tensor, scaling: float) -> Tensor:
 
 
 def _merged_dora(layout: Layout, branch: Branch, weight: Tensor) -> Tensor:
-    """m/‖W + ΔW‖ ⊙ (W + ΔW), in float64 by blocks of rows."""
+    """m/‖W + ΔW‖ ⊙ (W + ΔW), in float64 by blocks of rows, rounded once."""
     ratio = branch.ratio().detach().double()
     merged = weight.clone(memory_format=torch.contiguous_format)
     done = 0
@@ -116,7 +116,7 @@ def _merged_dora(layout: Layout, branch: Branch, weight: Tensor) -> Tensor:
         for start in range(0, len(block), 256):
             rows = slice(start, start + 256)
             summed = torch.addmm(block[rows].double(), B[rows].double(), A.double(), alpha=branch.scaling)
-            block[rows] = (summed * ratio[done + start : done + start + len(summed), None]).to(block.dtype)
+            block[rows] = linalg.rounded(summed * ratio[done + start : done + start + len(summed), None], block.dtype)
         done += len(block)
     return merged
 
