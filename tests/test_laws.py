@@ -93,7 +93,8 @@ def digest() -> str:
     torch.set_num_threads(1)
     found = hashlib.sha256()
     for init, kind in itertools.product(hs.strategies(), ("linear", "embedding", "conv2d_grouped", "experts")):
-        for _, start in Case(init, KINDS[kind]).starts().values():
+        case = Case(init, KINDS[kind])
+        for _, start in case.starts().values() if case.runs() else ():
             found.update(start.A.numpy().tobytes() + start.B.numpy().tobytes())
     return found.hexdigest()
 
