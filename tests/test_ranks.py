@@ -272,3 +272,7 @@ def test_what_cannot_be_shared_is_named() -> None:
         hs.redistribute(model, config, known, rule="gora")
     with pytest.raises(MissingStatistic, match="calibrate"):
         hs.redistribute(model, config)
+    with pytest.raises(BadOption, match="budget"):
+        hs.redistribute(model, config, known, rule="gora", budget=100)
+    _, allocation = hs.redistribute(model, config, known, budget=0)
+    assert allocation.parameters == 0

@@ -44,7 +44,7 @@ def redistribute(
         calibration: of this model, with the inputs (rule "eva") or the gradients (the others).
         rule: "eva" the inputs' explained variance; "gradient" the gradient's energy; "gora" mean |W∘G|.
         scores: instead of a rule, any spectrum: what the first, second, … rank of each layer is worth, falling.
-        budget: in parameters.
+        budget: in parameters; not for rule "gora", whose budget is the config's rank.
         minimum, maximum: rank of any layer; by default none, and four times the config's.
 
     Returns:
@@ -68,14 +68,17 @@ def redistribute(
     chosen = targets(model, config)
     costs = {target.name: _cost(target) for target in chosen}
     largest = {target.name: maximum or 4 * target.rank for target in chosen}
+    if rule == "gora" and budget is not None:
+        raise BadOption("rule 'gora' hands out what the config's rank comes to: choose r instead of a budget")
+    shares = scores is None and rule == "gora"
     if scores is None:
         scores = _scores(chosen, calibration, rule, largest, config.seed)
-    if rule == "gora" and len(next(iter(scores.values()), ())) == 1:
+    if shares:
         importance = {name: values[0] for name, values in scores.items()}
         allocation = in_proportion(importance, costs, rank=config.r, minimum=minimum or None, maximum=maximum)
     else:
         spent = sum(costs[target.name] * target.rank for target in chosen)
-        allocation = allocate(scores, costs, budget or spent, minimum=minimum, maximum=maximum)
+        allocation = allocate(scores, costs, spent if budget is None else budget, minimum=minimum, maximum=maximum)
     ranks, alphas = allocation.patterns(config.r, config.lora_alpha, use_rslora=config.use_rslora)
     changed = dataclasses.replace(
         config,
