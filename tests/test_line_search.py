@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import headstart as hs
-from headstart.errors import AdapterState, BadOption
+from headstart.errors import AdapterState, BadOption, CalibrationError
 from headstart.lora.line_search import STEPS
 from headstart.peft import get_peft_model
 
@@ -68,6 +68,14 @@ def test_a_failure_leaves_the_factors_as_they_were() -> None:
 
     with pytest.raises(OSError, match="gone"):
         hs.search_step(model, X, loss=failing)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_data_without_a_loss_is_named_and_changes_nothing() -> None:
+    model = in_native("lora_one")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(CalibrationError, match="nan"):
+        hs.search_step(model, [X[2] * torch.nan], loss=loss)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

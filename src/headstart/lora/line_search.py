@@ -60,19 +60,20 @@ def search_step(
 
     Raises:
         AdapterState: if nothing moves the function: there is nothing to scale.
-        CalibrationError: no batch, no loss.
+        CalibrationError: no batch, no loss, or a loss of the base that is not finite.
     """
     if not steps or any(isinstance(step, bool) or not 0 < step < math.inf for step in steps):
         raise BadOption(f"steps are {steps!r}: choose numbers above 0")
     factors = list(_factors(model))
     if not factors:
         raise AdapterState("no branch moves the function at step zero, so there is no step to scale")
-    first, stream = reading.peeked(data, "data")
-    del first
+    _, stream = reading.peeked(data, "data")
     seen = list(reading.shown(stream, batches, progress=False))
     with undisturbed(model), torch.no_grad():
         calls = Calls(model, loss, True, ())
         losses = {step: _mean(calls, seen, factors, step) for step in (0.0, *steps)}
+        if not math.isfinite(losses[0.0]):
+            raise CalibrationError(f"the base's own loss on this data is {losses[0.0]}: look at the data")
         best = min(steps, key=lambda step: losses[step] if math.isfinite(losses[step]) else math.inf)
         if not losses[best] < losses[0.0]:
             best = min(steps)
