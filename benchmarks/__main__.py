@@ -17,7 +17,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-TOPICS = ("decompositions", "models", "training_step", "lifecycle", "recompress", "calibration")
+TOPICS = ("decompositions", "models", "training_step", "lifecycle", "recompress", "calibration", "bank", "estimate", "merging")
 
 
 def facts() -> dict[str, Any]:

@@ -16,11 +16,10 @@ from unittest import mock
 import peft
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 import headstart as hs
 import headstart.peft
-from benchmarks.measure import Cost, Row, Scale, Target, cpu_seconds, row
+from benchmarks.measure import Cost, Row, Scale, Target, allocated, cpu_seconds, row
 from benchmarks.subjects import config, llama, peft_config
 from headstart.lora import branch
 
@@ -124,13 +123,6 @@ def _measured(
 
 def _peak(run: Run, model: nn.Module, ids: Tensor) -> float:
     model.zero_grad(set_to_none=True)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        run(model, ids)
-    results: Any = recorded.profiler.kineto_results
-    events = sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
-    held = peak = 0
-    for event in events:
-        held += event.nbytes()
-        peak = max(peak, held)
+    peak = allocated(lambda: run(model, ids))
     model.zero_grad(set_to_none=True)
-    return peak / 1e6
+    return peak

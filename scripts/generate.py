@@ -4,8 +4,8 @@
     python scripts/generate.py --check    write nothing; fail where something is stale
 
 The table of strategies comes from the registry, the tree from the modules' first lines, the benchmark tables from
-benchmarks/results, the command reference from the command line itself. In README.md and docs/theory only what stands
-between `<!-- name -->` and `<!-- /name -->` is replaced.
+benchmarks/results, the command reference from the command line itself. In README.md, docs/rates.md and docs/theory only
+what stands between `<!-- name -->` and `<!-- /name -->` is replaced.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "headstart"
 RESULTS = ROOT / "benchmarks" / "results"
 THEORY = RESULTS / "theory.json"
+RATES = RESULTS / "rates.json"
+TABLES = {THEORY, RATES}  # of pages of their own
 NOTE = "<!-- Written by scripts/generate.py: change the code, then run it again. -->\n\n"
 
 # Elsewhere the alphabet rules.
@@ -190,7 +192,7 @@ def cell(value: object) -> str:
 def benchmark_tables(level: str) -> str:
     """Each file of results: its facts, then its rows with the columns that they have."""
     text = ""
-    for file in sorted(set(RESULTS.glob("*.json")) - {THEORY}):
+    for file in sorted(set(RESULTS.glob("*.json")) - TABLES):
         content = json.loads(file.read_text(encoding="utf-8"))
         facts, rows = ({}, content) if isinstance(content, list) else (content, content["rows"])
         used = [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
@@ -204,7 +206,7 @@ def benchmark_tables(level: str) -> str:
 def benchmark_summary() -> str:
     """One line for each file of results: how many of its targets are met, and the spread of its ratios."""
     lines = []
-    for file in sorted(set(RESULTS.glob("*.json")) - {THEORY}):
+    for file in sorted(set(RESULTS.glob("*.json")) - TABLES):
         rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
         stated = [row["met"] for row in rows if row.get("met") is not None]
         spreads = [spread([row[name] for row in rows if row.get(name)]) for name in ("ratio", "memory_ratio")]
@@ -236,6 +238,16 @@ def theory_page() -> str:
     text = (ROOT / "docs" / "theory" / "lora-one.md").read_text(encoding="utf-8")
     for name, result in json.loads(THEORY.read_text(encoding="utf-8"))["experiments"].items():
         text = between(text, name, table(result["header"], [[cell(value) for value in row] for row in result["rows"]]))
+    return text
+
+
+def rates_page() -> str:
+    """The page as it stands, with the tables of the sweep put between its markers."""
+    text = (ROOT / "docs" / "rates.md").read_text(encoding="utf-8")
+    found = json.loads(RATES.read_text(encoding="utf-8"))
+    for name in ("verdict", "cells"):
+        rows = [[cell(value) for value in row] for row in found[name]["rows"]]
+        text = between(text, name, table(found[name]["header"], rows))
     return text
 
 
@@ -300,6 +312,7 @@ def generated() -> dict[Path, str]:
         docs / "benchmarks.md": benchmarks_page(),
         docs / "cli.md": cli_page(),
         docs / "theory" / "lora-one.md": theory_page(),
+        docs / "rates.md": rates_page(),
     }
 
 

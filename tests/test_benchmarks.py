@@ -26,6 +26,9 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
         "models",
         "training_step",
         "recompress",
+        "merging",
+        "estimate",
+        "bank",
         pytest.param("lifecycle", marks=pytest.mark.slow),  # It starts a dozen processes.
     ],
 )

@@ -12,8 +12,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from headstart.choose.advise import advise
+    from headstart.choose.compare import compare
+    from headstart.choose.estimate import Estimate, estimate
+    from headstart.choose.recommendation import Advice
+    from headstart.choose.trials.comparison import Comparison
     from headstart.errors import HeadstartError
+    from headstart.files.bank import AdapterBank
     from headstart.files.checkpoint import load, save
+    from headstart.files.combine import combine
+    from headstart.files.doctor.anatomy import inspect
+    from headstart.files.doctor.examine import doctor
+    from headstart.files.portable import Export, export
+    from headstart.files.stream import merge_checkpoint
     from headstart.inits.strategy import Factors, Strategy, register
     from headstart.inits.strategy import names as strategies
     from headstart.lora.adapt import Adapter, MergeReport, adapt, merge, remove, unmerge
@@ -22,14 +33,27 @@ if TYPE_CHECKING:
     from headstart.lora.config import LoraConfig
     from headstart.lora.line_search import search_step
     from headstart.lora.optim import PreconditionedAdamW, lora_plus_groups, preconditioned_groups
+    from headstart.lora.rate_search import search_rate
+    from headstart.lora.rates import Rate
     from headstart.lora.redistribute import redistribute
     from headstart.lora.report import InitReport
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "choose.advise": ("advise",),
+    "choose.compare": ("compare",),
+    "choose.trials.comparison": ("Comparison",),
+    "choose.estimate": ("Estimate", "estimate"),
+    "choose.recommendation": ("Advice",),
     "errors": ("HeadstartError",),
+    "files.doctor.anatomy": ("inspect",),
+    "files.bank": ("AdapterBank",),
     "files.checkpoint": ("load", "save"),
+    "files.combine": ("combine",),
+    "files.doctor.examine": ("doctor",),
+    "files.portable": ("Export", "export"),
+    "files.stream": ("merge_checkpoint",),
     "inits": ("Factors", "Strategy", "register"),
     "lora.adapt": ("Adapter", "MergeReport", "adapt", "merge", "remove", "unmerge"),
     "lora.calibrate": ("calibrate",),
@@ -37,30 +61,47 @@ _HOMES = {
     "lora.config": ("LoraConfig",),
     "lora.optim": ("PreconditionedAdamW", "lora_plus_groups", "preconditioned_groups"),
     "lora.line_search": ("search_step",),
+    "lora.rate_search": ("search_rate",),
+    "lora.rates": ("Rate",),
     "lora.redistribute": ("redistribute",),
     "lora.report": ("InitReport",),
 }
 
 __all__ = [
     "Adapter",
+    "AdapterBank",
+    "Advice",
     "Calibration",
+    "Comparison",
+    "Estimate",
+    "Export",
     "Factors",
     "HeadstartError",
     "InitReport",
     "LoraConfig",
     "MergeReport",
     "PreconditionedAdamW",
+    "Rate",
     "Strategy",
     "adapt",
+    "advise",
     "calibrate",
+    "combine",
+    "compare",
+    "doctor",
+    "estimate",
+    "export",
+    "inspect",
     "load",
     "lora_plus_groups",
     "merge",
+    "merge_checkpoint",
     "preconditioned_groups",
     "redistribute",
     "register",
     "remove",
     "save",
+    "search_rate",
     "search_step",
     "strategies",
     "unmerge",

@@ -10,7 +10,8 @@ HeadstartError
 ├── TargetError (ValueError)
 │   ├── NoTarget           a pattern that matches nothing
 │   ├── UnsupportedLayer   a layer kind that this strategy or feature cannot serve
-│   └── AdapterState       already adapted, not adapted, merged: the wrong moment
+│   ├── AdapterState       already adapted, not adapted, merged: the wrong moment
+│   └── BadRoute           rows that go to an adapter that is not there, or that a batch does not have
 ├── WeightError (ValueError)
 │   ├── NonFiniteWeight    NaN or infinity in a weight
 │   ├── MetaWeight         the values are needed and are not there
@@ -24,6 +25,8 @@ HeadstartError
 │   ├── AdapterFormatError a file that is no adapter, or a malformed one
 │   ├── KeyMismatch        tensors missing, left over, or of another shape
 │   ├── WrongBase          an adapter of another base model
+│   ├── NotPortable        an adapter that a file format cannot hold
+│   ├── Unstreamable       a checkpoint that only its own library can put together
 │   └── OutputBusy         somebody else is writing there
 └── DataError (ValueError) training data that cannot be read or used
 """
@@ -78,6 +81,10 @@ class AdapterState(TargetError):
     """The wrong moment: already adapted, not adapted, or merged."""
 
 
+class BadRoute(TargetError):
+    """Rows that are routed to an adapter that is not there, or that the batch does not have."""
+
+
 class WeightError(HeadstartError, ValueError):
     """A weight that cannot be used."""
 
@@ -128,6 +135,14 @@ class KeyMismatch(FileError):
 
 class WrongBase(FileError):
     """An adapter that was made for another base model."""
+
+
+class NotPortable(FileError):
+    """An adapter, or a part of one, that the file asked for has no place for."""
+
+
+class Unstreamable(FileError):
+    """A checkpoint whose tensors do not lie on disk as its model holds them: only its own library puts it together."""
 
 
 class OutputBusy(FileError):

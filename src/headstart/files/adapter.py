@@ -25,13 +25,14 @@ from headstart.errors import AdapterFormatError, FileError, KeyMismatch
 from headstart.files import atomic
 from headstart.files.fields import check_config, check_origin
 from headstart.files.header import parse_object, read_header, read_json
+from headstart.files.tensors import write_tensors
 
 CONFIG, TENSORS, REPORT = "adapter_config.json", "adapter_model.safetensors", "init_report.json"
 TAKEN = "quantized_base.safetensors"  # see quantized_base.py
 PREFIX = "base_model.model."
 METADATA = "headstart"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_SLOTS = {
+SLOTS = {
     "lora_A.weight": "A",
     "lora_B.weight": "B",
     "lora_embedding_A": "A",
@@ -145,31 +146,21 @@ def write_adapter(
     """
     tensors = {key: value for entry in entries for key, value in entry.tensors().items()}
     tensors |= {f"{PREFIX}{name}": value for name, value in extras.items()}
-    tensors = {name: _separate(value) for name, value in tensors.items()}
+    tensors = {name: separate(value) for name, value in tensors.items()}
     text = json.dumps(dict(config), indent=2, sort_keys=True) + "\n"
     # The config stands in the metadata too: should a process die between the two renames, nothing is lost.
     metadata = {"format": "pt", METADATA: json.dumps({**provenance, "adapter_config": json.loads(text)})}
     size = sum(t.numel() * t.element_size() for t in tensors.values()) + len(text) + len(metadata[METADATA])
     writers: dict[str, atomic.Writer] = {n: atomic.text_writer(t) for n, t in (more or {}).items()}
     if taken:
-        apart = {name: _separate(value) for name, value in taken.items()}
-        writers[TAKEN] = lambda path: _write_tensors(path, apart, {"format": "pt"})
-    writers[TENSORS] = lambda path: _write_tensors(path, tensors, metadata)
+        apart = {name: separate(value) for name, value in taken.items()}
+        writers[TAKEN] = lambda path: write_tensors(path, apart, {"format": "pt"})
+    writers[TENSORS] = lambda path: write_tensors(path, tensors, metadata)
     writers[CONFIG] = atomic.text_writer(text)
     atomic.write_files(folder, writers, size=size)
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file(tensors, path, metadata)
-    except SafetensorError as error:  # a full disk, a quota
-        raise OSError(str(error)) from error
-
-
-def _separate(tensor: Tensor) -> Tensor:
+def separate(tensor: Tensor) -> Tensor:
     """A tensor that shares memory with no other, as the format demands."""
     tensor = tensor.detach().to("cpu")
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
@@ -202,8 +193,11 @@ def find_adapter(path: str | Path) -> Path:
         raise AdapterFormatError(f"{path} is no local folder, and the hub gave none: {error}") from error
 
 
-def read_adapter(path: str | Path, *, allow_nonfinite: bool = False) -> AdapterFile:
+def read_adapter(path: str | Path, *, allow_nonfinite: bool = False, mutated: bool = False) -> AdapterFile:
     """Read an adapter folder, strictly. Nothing in it is executed.
+
+    Args:
+        mutated: take an adapter that needs a changed base, too. The caller then knows what to do about it.
 
     Raises:
         AdapterFormatError: malformed, pickled, of another kind, or meant for a changed base.
@@ -218,7 +212,7 @@ def read_adapter(path: str | Path, *, allow_nonfinite: bool = False) -> AdapterF
     provenance = parse_object(str(header.metadata.get(METADATA, "{}")), where)
     check_origin(provenance, where)
     config = _config(folder, provenance)
-    check_config(config, folder / CONFIG, ours=bool(provenance))
+    check_config(config, folder / CONFIG, ours=mutated or bool(provenance))
     try:
         tensors = load_file(folder / TENSORS)
     except SafetensorError as error:
@@ -269,14 +263,14 @@ def _sort(
     embeddings = set()
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
-        slot = next((slot for slot in _SLOTS if name.endswith(f".{slot}")), None)
+        slot = next((slot for slot in SLOTS if name.endswith(f".{slot}")), None)
         if (slot or tensor.is_floating_point()) and tensor.dtype not in _FLOATS:
             raise AdapterFormatError(f"{folder / TENSORS}: {key!r} holds {tensor.dtype}: convert it to float32")
         if slot is None:
             extras[name] = tensor
             continue
         path = name[: -len(slot) - 1]
-        slots.setdefault(path, {})[_SLOTS[slot]] = tensor
+        slots.setdefault(path, {})[SLOTS[slot]] = tensor
         if "embedding" in slot:
             embeddings.add(path)
     if not slots:

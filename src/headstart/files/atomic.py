@@ -39,10 +39,10 @@ def write_files(folder: Path, writers: Mapping[str, Writer], size: int = 0) -> N
             try:
                 for name, write in writers.items():
                     write(fresh[name])
-                    _sync(fresh[name])
+                    sync(fresh[name])
                 for name, path in fresh.items():
                     os.replace(path, folder / name)
-                _sync(folder)
+                sync(folder)
             finally:
                 for path in fresh.values():
                     path.unlink(missing_ok=True)
@@ -78,7 +78,7 @@ def _lock(folder: Path) -> Iterator[None]:
             break
         except FileExistsError:
             owner = _owner(path)
-            if attempt == 2 or (owner is not None and _alive(owner)):
+            if attempt == 2 or (owner is not None and alive(owner)):
                 raise OutputBusy(
                     f"process {owner} is writing to {folder}: wait for it, or choose another folder"
                 ) from None
@@ -98,7 +98,7 @@ def _owner(path: Path) -> int | None:
         return None
 
 
-def _alive(process: int) -> bool:
+def alive(process: int) -> bool:
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -112,7 +112,7 @@ def _sweep(folder: Path) -> None:
     """Delete what a writer that died has left."""
     for path in folder.glob(f"{_MARK}[0-9]*-*"):
         owner = path.name[len(_MARK) :].split("-", 1)[0]
-        if not owner.isdigit() or int(owner) == os.getpid() or not _alive(int(owner)):
+        if not owner.isdigit() or int(owner) == os.getpid() or not alive(int(owner)):
             path.unlink(missing_ok=True)
 
 
@@ -128,7 +128,7 @@ def _check_names(folder: Path, names: Iterable[str]) -> None:
             raise FileError(f"{folder / name} is a folder where a file belongs: move it away; nothing was changed")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -143,7 +143,7 @@ def check_config(config: Mapping[str, Any], path: Path, ours: bool) -> None:
         if config.get(name):
             raise AdapterFormatError(f"{path}: {name}={config[name]!r} is not served: load it with PEFT")
     init = config.get("init_lora_weights", True)
-    if not ours and isinstance(init, str) and _MUTATING.fullmatch(init.lower()):
+    if is_mutating(config, ours):
         raise AdapterFormatError(
             f"{path}: a start with {init!r} replaced the base's weights, and these factors mean nothing on the "
             "original base. Convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
@@ -153,6 +153,12 @@ def check_config(config: Mapping[str, Any], path: Path, ours: bool) -> None:
             _check_pattern(key, path)
     for name in config:
         _check_unknown(name, config[name], path)
+
+
+def is_mutating(config: Mapping[str, Any], ours: bool) -> bool:
+    """Whether the factors stand on weights that their start replaced. Ours never do."""
+    init = config.get("init_lora_weights", True)
+    return not ours and isinstance(init, str) and _MUTATING.fullmatch(init.lower()) is not None
 
 
 def check_origin(origin: Mapping[str, Any], where: str) -> None:

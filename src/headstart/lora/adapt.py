@@ -37,6 +37,7 @@ from headstart.lora.config import Holders, LoraConfig, Target, holders_of, targe
 from headstart.lora.delta import Branch, NormCache, row_norms
 from headstart.lora.layers import LoraLayer, Start, TrainedModule, frozen_module, lora_layers, wrap
 from headstart.lora.layers.encoder import Switch, switches
+from headstart.lora.rates import BASE, Rate, Reach
 from headstart.lora.report import InitReport, LayerReport
 
 _KEY = "_headstart_adapter"
@@ -77,6 +78,19 @@ class Adapter:
         """Trainable and all parameters."""
         trained = sum(p.numel() for p in self.parameters())
         return trained, sum(quantized.elements(p) for p in self.model.parameters())
+
+    def learning_rate(self, base: float = BASE) -> Rate:
+        """The peak rate of AdamW that fits this start: `base`, plain LoRA's, times what the start makes of a step.
+
+        It is a float with a `reason`. `headstart.search_rate` finds one on data instead, without a base.
+
+        Example:
+            >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+            >>> rate = adapt(model, LoraConfig(r=4, init_lora_weights="pissa")).learning_rate(base=1e-3)
+            >>> 0 < rate < 1e-3
+            True
+        """
+        return self.report.learning_rate(base)
 
     @contextmanager
     def disabled(self) -> Iterator[nn.Module]:
@@ -250,7 +264,15 @@ def _start_of(target: Target, config: LoraConfig, calibration: Calibration | Non
             weight = own if base is None or base.weight is None else base.weight
         start = replace(start, magnitude=_magnitude(target, weight, start))
     facts = tuple(dict(f.facts) for f in found if f.facts)
-    return start, LayerReport(target.name, tuple(weight.shape), target.rank, target.scaling, anchored, facts)
+    reaches = tuple(_reach(f, target, i, calibration) for i, f in enumerate(found))
+    return start, LayerReport(target.name, tuple(weight.shape), target.rank, target.scaling, anchored, facts, reaches)
+
+
+def _reach(factors: Factors, target: Target, block: int, calibration: Calibration | None) -> Reach:
+    found = {} if calibration is None else calibration.layers.get(target.name, {})
+    trained = "" if factors.core is not None else "".join(sorted({"A", "B"} - factors.frozen))
+    inputs = found["inputs"][block] if "inputs" in found else None
+    return Reach.of(factors.A, factors.B, target.scaling, trained, inputs)
 
 
 def _weight(target: Target, config: LoraConfig) -> Tensor:

@@ -6,9 +6,13 @@ It is an object, it is saved beside the adapter, and the command line prints it.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from headstart.errors import BadOption
+from headstart.lora.rates import BASE, Rate, Reach, predicted
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,7 @@ class LayerReport:
         rank: the rank it was given; scaling: its s.
         anchored: whether frozen copies of the factors keep the function.
         facts: what the strategy found out, one mapping for each block of the weight.
+        reaches: how far a step of the factors moves the output, one for each block.
     """
 
     name: str
@@ -28,6 +33,7 @@ class LayerReport:
     scaling: float
     anchored: bool
     facts: tuple[Mapping[str, Any], ...] = ()
+    reaches: tuple[Reach, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,9 +66,19 @@ class InitReport:
         routes = sorted({str(fact["route"]) for fact in facts if fact.get("route")})
         return {**found, "routes": routes} if routes else found
 
+    def learning_rate(self, base: float = BASE) -> Rate:
+        """The peak rate of AdamW that fits this start, and why.
+
+        Args:
+            base: the rate that fits plain LoRA (kaiming, r = 16, s = 1) on this model and run length.
+        """
+        if not 0 < base < math.inf:
+            raise BadOption(f"base is {base!r}: pass the rate that fits plain LoRA, as 2e-4")
+        return predicted(self.strategy, (reach for layer in self.layers for reach in layer.reaches), base)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        layers = [dict(vars(layer)) for layer in self.layers]
+        layers = [{**vars(layer), "reaches": [vars(reach) for reach in layer.reaches]} for layer in self.layers]
         return {**vars(self), "options": dict(self.options), "layers": layers}
 
     def to_json(self) -> str:

@@ -38,21 +38,23 @@ def calibrated(
         return None
     options: dict[str, Any] = {"batches": config.calibration_batches, "progress": progress}
     if config.preserve is not None:
-        options["preserve"] = _batches(model, tokenizer, _other(config.preserve, config, tokenizer), config)
-    seen = rows if config.calibration is None else _other(config.calibration, config, tokenizer)
-    return measured(model, lora, _batches(model, tokenizer, seen, config), **options)
+        options["preserve"] = batches(
+            model, tokenizer, other(config.preserve, config, tokenizer), config, config.calibration_batches
+        )
+    seen = rows if config.calibration is None else other(config.calibration, config, tokenizer)
+    return measured(model, lora, batches(model, tokenizer, seen, config, config.calibration_batches), **options)
 
 
-def _other(name: str, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> data.Rows:
+def other(name: str, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> data.Rows:
     """Other data than the run's, all of it, its columns found by their usual names."""
     columns = ("text_column", "prompt_column", "completion_column", "messages_column")
     changes = {"data": name, "eval_data": None, "eval_split": None, "eval_fraction": 0.0, "subset": None}
     return data.prepare(config.model_copy(update={**changes, **dict.fromkeys(columns)}), tokenizer)
 
 
-def _batches(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: data.Rows, config: RunConfig
+def batches(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: data.Rows, config: RunConfig, count: int
 ) -> Iterable[Any]:
-    count = min(len(rows.train), config.calibration_batches * config.batch_size)
-    chosen = rows.train.shuffle(seed=config.seed).select(range(count))
+    """So many of the trainer's batches, in an order of the seed's."""
+    chosen = rows.train.shuffle(seed=config.seed).select(range(min(len(rows.train), count * config.batch_size)))
     return tokenized(model, tokenizer, chosen, rows.assistant_only, config)

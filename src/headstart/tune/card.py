@@ -18,8 +18,8 @@ CARD = """---
 # {name}: LoRA on {base}
 
 Rank {config.r}, started with `{config.init}`, on `{targets}`; {finished.trainable:,} trainable parameters.
-Trained with headstart {version} on `{config.data}`: {finished.steps} steps, {finished.tokens:,} tokens, \
-peak learning rate {config.learning_rate:g}.
+{advice}Trained with headstart {version} on `{config.data}`: {finished.steps} steps, {finished.tokens:,} tokens, \
+peak learning rate {config.learning_rate}.
 
 | loss, nats a token | |
 |---|---|
@@ -77,6 +77,7 @@ def write(config: RunConfig, source: Source, finished: Finished, start: str) -> 
         finished=finished,
         version=headstart.__version__,
         losses=_losses(finished),
+        advice="" if config.advice is None else f"Left to headstart: {config.advice}.\n\n",
         start=start,
         recipe=config.to_yaml(),
     )

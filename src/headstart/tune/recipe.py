@@ -43,6 +43,7 @@ def _names(value: Any) -> Any:
 
 Whole = Annotated[int, Strict()]
 Real = Annotated[float, BeforeValidator(_number)]
+Positive = Annotated[float, BeforeValidator(_number), Field(gt=0)]
 Names = Annotated[str | list[str], BeforeValidator(_names)]
 Panel = Literal["Model and data", "LoRA", "Calibration", "Training", "Run"]
 
@@ -78,7 +79,7 @@ class RunConfig(BaseModel):
     lora_dropout: Real = _field("LoRA", "dropout on the branch's input", 0.0, ge=0, lt=1)
     init: Annotated[bool, Strict()] | str = _field(
         "LoRA",
-        "the start; `headstart inits` lists them",
+        "the start; `headstart inits` lists them; auto: what `headstart advise` says, with its rank and rate",
         "kaiming",
         validation_alias=AliasChoices("init", "init_lora_weights"),
     )
@@ -104,7 +105,9 @@ class RunConfig(BaseModel):
     steps: Whole | None = _field("Training", "optimizer steps, instead of epochs", None, ge=1)
     batch_size: Whole = _field("Training", "rows a forward pass, on each device", 8, ge=1)
     gradient_accumulation: Whole = _field("Training", "forward passes a step", 1, ge=1)
-    learning_rate: Real = _field("Training", "peak learning rate of AdamW", 2e-4, gt=0)
+    learning_rate: Positive | Literal["auto"] = _field(
+        "Training", "peak rate of AdamW; auto: searched on the data, and fitted to the start", 2e-4
+    )
     lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt"] = _field(
         "Training", "how the rate falls", "cosine"
     )
@@ -127,7 +130,15 @@ class RunConfig(BaseModel):
     save_every: Whole | None = _field("Run", "steps between checkpoints; by default a tenth of the run", None, ge=1)
     log_every: Whole = _field("Run", "steps between lines of metrics.jsonl", 1, ge=1)
     report_to: Names = _field("Run", "trackers: tensorboard, wandb, mlflow, trackio, ...", "none")
+    advice: str | None = _field("Run", "why this start was chosen; init auto writes it down", None)
     threads: Whole | None = _field("Run", "CPU threads; by default torch's choice", None, ge=1)
+
+    @field_validator("optimizer")
+    @classmethod
+    def _of_adamw(cls, value: str, info: ValidationInfo) -> str:
+        if value != "adamw" and info.data.get("learning_rate") == "auto":
+            raise ValueError("learning_rate auto is found for adamw: pass a number")
+        return value
 
     @field_validator("lora_plus_ratio", "damping")
     @classmethod

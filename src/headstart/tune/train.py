@@ -18,9 +18,11 @@ from headstart.files.atomic import write_text
 from headstart.lora.config import LoraConfig
 from headstart.peft import get_peft_model
 from headstart.tune import card, data, models
+from headstart.tune.auto import followed
 from headstart.tune.calibration import calibrated
 from headstart.tune.folder import Folder, read_metrics, write_folder
 from headstart.tune.plot import plot_losses
+from headstart.tune.rate import AUTO, plain_rate, settled
 from headstart.tune.recipe import RunConfig
 from headstart.tune.trainer import Trainer, build_trainer, trainable_line
 from headstart.tune.watch import Interrupted, Interruption, Lines, Progress, Recorder
@@ -77,12 +79,14 @@ def run(config: RunConfig, say: Say = print, watchers: Sequence[TrainerCallback]
         Interrupted: after a checkpoint, where Ctrl-C or SIGTERM asked for it.
     """
     folder = Folder(Path(config.output))
+    config = followed(config, folder)
     lora = LoraConfig(**config.lora(), task_type="CAUSAL_LM")
     source = models.find(config.model)
     checkpoint = folder.start(config)
     goes_on = checkpoint is not None and config.resume is None
-    dtype = folder.recorded().dtype if goes_on and config.dtype == "auto" else config.dtype
-    config = config.model_copy(update={"dtype": models.trained_dtype(source, dtype)})
+    if goes_on:
+        config = _as_begun(config, folder.recorded())
+    config = config.model_copy(update={"dtype": models.trained_dtype(source, config.dtype)})
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     is_main = int(os.environ.get("RANK", 0)) == 0
@@ -90,12 +94,19 @@ def run(config: RunConfig, say: Say = print, watchers: Sequence[TrainerCallback]
     with folder.locked() if is_main else nullcontext():
         tokenizer, rows = _ingredients(config, source)
         say(f"data: {config.data}: {rows}")
+        if config.advice is not None:
+            say(config.advice)
         base = models.load(source, config.dtype)
         known = calibrated(base, tokenizer, rows, config, lora, progress=is_main and sys.stderr.isatty())
         if known is not None:
             say(f"calibration: {known}")
+        plain = plain_rate(base, tokenizer, rows, config, lora) if config.learning_rate == AUTO else None
         model = get_peft_model(base, lora, calibration=known)
+        del known  # Of no use any more, and as large as the adapter or larger.
         say(trainable_line(model))
+        if plain is not None:
+            config = settled(config, plain, model.init_reports["default"])
+            say(str(config.advice))
         if is_main:
             folder.check_space(_size_of(model))
         trainer = build_trainer(model, tokenizer, rows, config, resuming=checkpoint is not None)
@@ -110,6 +121,14 @@ def run(config: RunConfig, say: Say = print, watchers: Sequence[TrainerCallback]
             write_folder(folder.adapter, lambda path: _save(path, model, config, source, finished))
         trainer.accelerator.wait_for_everyone()
     return finished
+
+
+def _as_begun(config: RunConfig, before: RunConfig) -> RunConfig:
+    """An interrupted run goes on with what `auto` had found."""
+    update: dict[str, object] = {"dtype": before.dtype} if config.dtype == "auto" else {}
+    if config.learning_rate == AUTO:
+        update |= {"learning_rate": before.learning_rate, "advice": before.advice}
+    return config.model_copy(update=update)
 
 
 def _ingredients(config: RunConfig, source: models.Source) -> tuple[PreTrainedTokenizerBase, data.Rows]:

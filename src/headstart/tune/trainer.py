@@ -60,7 +60,7 @@ def build_trainer(
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation,
-        learning_rate=config.learning_rate,
+        learning_rate=float(config.learning_rate),
         lr_scheduler_type=config.lr_scheduler,
         warmup_steps=config.warmup,
         weight_decay=config.weight_decay,
@@ -130,7 +130,7 @@ def tokenized(
 
 def _optimizer(model: PeftModel, config: RunConfig, arguments: SFTConfig) -> tuple[type[Optimizer], Any] | None:
     """The optimizer and its arguments, the parameter groups among them; None for the trainer's own AdamW."""
-    rate, decay = config.learning_rate, config.weight_decay
+    rate, decay = float(config.learning_rate), config.weight_decay
     if config.optimizer == "adamw":
         return None
     if config.optimizer == "preconditioned":

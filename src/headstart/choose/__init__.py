@@ -1,0 +1,1 @@
+"""What a person decides with: estimates, advice, and fair comparisons."""

@@ -1,0 +1,158 @@
+"""How much data there is, from a bounded look at it: rows, tokens, how long a row is. No row is checked here."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from headstart.errors import DataError
+
+ROWS, BYTES = 200, 4 << 20  # that are looked at, at most
+LETTERS = 4.0  # a token, where there is no tokenizer at hand: English text, within a third
+STDLIB = (4000, 130.0)  # rows and tokens of 'stdlib', the standard library's docstrings
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a look at the data showed.
+
+    Attributes:
+        name: of the file. rows: that it holds, None for a dataset on the hub.
+        tokens: of a row, on average; longest: of nine rows in ten.
+        counted: whether a tokenizer counted, or letters were divided.
+        exact: whether all rows were counted, or their number follows from the file's size.
+    """
+
+    name: str
+    rows: int | None
+    tokens: float | None
+    longest: int | None
+    counted: bool = False
+    exact: bool = False
+
+    @property
+    def total(self) -> float | None:
+        return None if self.rows is None or self.tokens is None else self.rows * self.tokens
+
+    def __str__(self) -> str:
+        if self.rows is None or self.tokens is None:
+            return f"{self.name}: a dataset on the hub, not looked at"
+        about = "" if self.exact else "about "
+        by = "counted" if self.counted else "guessed from its letters"
+        total = self.rows * self.tokens
+        return f"{self.name}: {about}{self.rows:,} rows of {self.tokens:.0f} tokens ({by}), {total:,.0f} in all"
+
+
+def look(data: str, tokenizer: Path | None = None) -> Sample:
+    """Look at the beginning of a file.
+
+    Args:
+        data: as `headstart tune --data` takes it.
+        tokenizer: a tokenizer.json to count with.
+
+    Raises:
+        DataError: if there is no such file, or nothing in it.
+    """
+    if data == "stdlib":
+        return Sample(data, *STDLIB, 300)
+    path = Path(data).expanduser()
+    kinds = {".jsonl": _lines, ".ndjson": _lines, ".json": _array, ".txt": _text, ".csv": _table, ".tsv": _table}
+    if not path.is_file():
+        written_as_path = path.suffix in (*kinds, ".parquet") or path.is_absolute() or data.startswith((".", "~"))
+        if written_as_path and not path.is_dir():
+            raise DataError(f"no data at {data!r}: check the path")
+        return Sample(data, None, None, None)
+    if path.suffix == ".parquet":
+        texts, count = _parquet(path)
+        return _sample(path, texts, count, True, tokenizer)
+    if path.suffix not in kinds:
+        raise DataError(f"cannot tell what {str(path)!r} is: name it {', '.join([*kinds, '.parquet'])}")
+    try:
+        with path.open("rb") as file:
+            head = file.read(BYTES)
+        whole = len(head) == path.stat().st_size
+        text = head.decode("utf-8", "replace")
+        rows = list(kinds[path.suffix](text if whole else text.rpartition("\n")[0] or text, path))
+    except (ValueError, csv.Error) as problem:
+        raise DataError(f"cannot read {str(path)!r}: {problem}") from None
+    count = len(rows) if whole else round(len(rows) * path.stat().st_size / len(head))
+    return _sample(path, rows, count, whole, tokenizer)
+
+
+def _sample(path: Path, texts: list[str], count: int, exact: bool, tokenizer: Path | None) -> Sample:
+    if not texts:
+        raise DataError(f"{str(path)!r} holds no rows: give it at least one")
+    step = max(1, len(texts) // ROWS)
+    lengths, counted = _lengths(texts[::step][:ROWS], tokenizer)
+    lengths.sort()
+    return Sample(path.name, count, statistics.fmean(lengths), round(lengths[int(0.9 * (len(lengths) - 1))]), counted,
+                  exact)  # fmt: skip
+
+
+def _lengths(texts: list[str], tokenizer: Path | None) -> tuple[list[float], bool]:
+    if tokenizer is not None:
+        try:
+            from tokenizers import Tokenizer
+
+            encoder = Tokenizer.from_file(str(tokenizer))
+            encoder.no_truncation()
+            encoder.no_padding()
+            return [float(len(found.ids)) for found in encoder.encode_batch(texts)], True
+        except Exception:  # The library raises plain ones: a file of another version is no reason to stop.
+            pass
+    return [len(text) / LETTERS for text in texts], False
+
+
+def _words(value: Any) -> Iterator[str]:
+    """All text in a row: what is not trained on is read all the same."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _words(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _words(inner)
+
+
+def _lines(text: str, path: Path) -> Iterator[str]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            try:
+                yield " ".join(_words(json.loads(line)))
+            except ValueError:
+                raise ValueError(f"line {number} is no JSON: mend or delete it") from None
+
+
+def _array(text: str, path: Path) -> Iterator[str]:
+    found = json.loads(path.read_text(encoding="utf-8") if path.stat().st_size <= 16 * BYTES else text)
+    for row in found if isinstance(found, list) else next((v for v in found.values() if isinstance(v, list)), []):
+        yield " ".join(_words(row))
+
+
+def _text(text: str, path: Path) -> Iterator[str]:
+    yield from (part for part in text.split("\n\n" if "\n\n" in text else "\n") if part.strip())
+
+
+def _table(text: str, path: Path) -> Iterator[str]:
+    rows = csv.reader(text.splitlines(keepends=True), delimiter="\t" if path.suffix == ".tsv" else ",")
+    next(rows, None)
+    yield from (" ".join(row) for row in rows if row)
+
+
+def _parquet(path: Path) -> tuple[list[str], int]:
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise DataError(f"{str(path)!r} needs pyarrow: pip install headstart[train]") from None
+    try:
+        file = parquet.ParquetFile(path)
+        rows = next(file.iter_batches(batch_size=ROWS), None)
+    except Exception as problem:  # pyarrow's own errors.
+        raise DataError(f"cannot read {str(path)!r}: {' '.join(str(problem).split())[:200]}") from None
+    return [" ".join(_words(row)) for row in rows.to_pylist()] if rows is not None else [], file.metadata.num_rows

@@ -1,0 +1,112 @@
+"""What an adapter has that some engine minds: each finds it in a survey, by name, or finds nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+from headstart.files.adapter import PREFIX
+from headstart.files.doctor.survey import Survey
+
+Found = Sequence[str]
+When = Callable[[Survey], Found]
+
+
+def says(*fields: str) -> When:
+    """The fields, of these, that are set."""
+    return lambda survey: [f"{name}={survey.raw[name]!r:.60}" for name in fields if survey.raw.get(name)]
+
+
+def starts(pattern: str) -> When:
+    """The start, where its name is one of these."""
+    return lambda survey: [survey.init] if re.fullmatch(pattern, survey.init) else []
+
+
+def not_a_start_of(pattern: str) -> When:
+    return lambda survey: [] if re.fullmatch(pattern, survey.init) else [survey.init]
+
+
+def tensors(pattern: str, but: str = r"(?!)") -> When:
+    """The tensors beside the factors that are called so."""
+    return lambda survey: [n for n in survey.extras if re.search(pattern, n) and not re.search(but, n)]
+
+
+def unaccounted(survey: Survey) -> Found:
+    """The tensors beside the factors that no field of the config explains."""
+    saved = "|".join(re.escape(str(name)) for name in survey.config.get("modules_to_save") or ()) or "(?!)"
+    biases = r"|bias$" if survey.raw.get("bias") not in (None, "none") or survey.raw.get("lora_bias") else ""
+    known = rf"\.base_layer\.weight$|({saved})\.|token_adapter\.trainable_tokens_delta$|\.lora_diag{biases}"
+    return tensors("", but=known)(survey)
+
+
+def magnitudes(survey: Survey) -> Found:
+    return [layer.path for layer in survey.layers.values() if "magnitude" in layer.keys]
+
+
+def other_rank_than_stated(survey: Survey) -> Found:
+    return [x.path for x in survey.layers.values() if not x.experts and x.rank != x.stated]
+
+
+def other_rank_than_r(survey: Survey) -> Found:
+    return [x.path for x in survey.layers.values() if x.rank != survey.config["r"]]
+
+
+def rank_above(limit: int) -> When:
+    return lambda survey: (
+        [f"rank {top}"] if (top := max((x.rank for x in survey.layers.values()), default=0)) > limit else []
+    )
+
+
+def lacks(*fields: str) -> When:
+    return lambda survey: [name for name in fields if survey.raw.get(name) is None] if survey.raw else []
+
+
+def without_prefix(survey: Survey) -> Found:
+    return [x.path for x in survey.layers.values() if not x.keys["A"].startswith(PREFIX)]
+
+
+def targets_no_list(survey: Survey) -> Found:
+    named = survey.raw.get("target_modules")
+    fine = isinstance(named, list) or named in ("all", "all-linear")
+    return [] if fine or not survey.raw else [f"target_modules={named!r:.60}"]
+
+
+def of_pictures(survey: Survey) -> Found:
+    """The layers whose names are those of diffusion pipelines."""
+    known = r"(^|\.)(unet|text_encoder|down_blocks|mid_block|up_blocks|(single_)?transformer_blocks)\b|^lora_(unet|te)"
+    return [path for path in survey.layers if re.search(known, path)]
+
+
+def query_without_value(survey: Survey) -> Found:
+    """Queries beside which no value is adapted: SGLang stacks the three."""
+    queries = [path for path in survey.layers if path.endswith("q_proj")]
+    return [path for path in queries if f"{path.removesuffix('q_proj')}v_proj" not in survey.layers]
+
+
+def some_layers_only(survey: Survey) -> Found:
+    """The kinds of layer that are not adapted in every block that is adapted at all."""
+    blocks: dict[str, set[str]] = {}
+    for layer in survey.layers.values():
+        if match := re.fullmatch(r"(?:.*\.)?(?:layers|h|blocks)\.(\d+)\.(.+)", layer.name):
+            blocks.setdefault(match[2], set()).add(match[1])
+    every = set().union(*blocks.values()) if blocks else set()
+    # Blocks are counted from zero: what the last adapted block follows must be adapted as well.
+    complete = {str(i) for i in range(max(map(int, every)) + 1)} if every else set()
+    partial = {kind for kind, numbers in blocks.items() if numbers != complete}
+    return [path for path in survey.layers if any(path.endswith(f".{kind}") for kind in partial)]
+
+
+def embeddings(survey: Survey) -> Found:
+    return [layer.path for layer in survey.layers.values() if layer.embedding]
+
+
+def heads(survey: Survey) -> Found:
+    return [path for path in survey.layers if path.endswith("lm_head")]
+
+
+def added_tokens(survey: Survey) -> Found:
+    return [name for name in survey.neighbours if name == "added_tokens.json"]
+
+
+def no_base_name(survey: Survey) -> Found:
+    return [] if survey.raw.get("base_model_name_or_path") else ["base_model_name_or_path"]
