@@ -17,7 +17,17 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-TOPICS = ("decompositions", "models", "training_step", "lifecycle", "recompress", "calibration", "bank", "estimate", "merging")
+TOPICS = (
+    "decompositions",
+    "models",
+    "training_step",
+    "lifecycle",
+    "recompress",
+    "calibration",
+    "bank",
+    "estimate",
+    "merging",
+)
 
 
 def facts() -> dict[str, Any]:

@@ -26,8 +26,8 @@ import headstart as hs
 from benchmarks.measure import Arm, Call, Cost, Row, Scale, Target, in_child, measure, row
 from benchmarks.recompress import combined, two_adapters
 from headstart.files.adapter import read_adapter
-from headstart.files.combine import combined as combined_layer
-from headstart.files.combine import factors_of
+from headstart.files.merging.combine import combined as combined_layer
+from headstart.files.merging.combine import factors_of
 
 # hidden, intermediate, layers, vocabulary: 2.3 GB, 0.6 GB, and next to nothing.
 SIZES = {"full": (2048, 5632, 24, 32000), "quick": (2048, 5632, 5, 8000), "toy": (32, 64, 1, 64)}

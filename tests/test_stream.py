@@ -31,7 +31,7 @@ from headstart.errors import (
     UnsupportedLayer,
     WrongBase,
 )
-from headstart.files import rewrite, shards
+from headstart.files.merging import rewrite, shards
 from headstart.lora.delta import Branch
 from headstart.lora.layers import lora_layers
 from headstart.testing.cases import Case

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from headstart.errors import HeadstartError
     from headstart.files.bank import AdapterBank
     from headstart.files.checkpoint import load, save
-    from headstart.files.combine import combine
     from headstart.files.doctor.anatomy import inspect
     from headstart.files.doctor.examine import doctor
+    from headstart.files.merging.combine import combine
+    from headstart.files.merging.stream import merge_checkpoint
     from headstart.files.portable import Export, export
-    from headstart.files.stream import merge_checkpoint
     from headstart.inits.strategy import Factors, Strategy, register
     from headstart.inits.strategy import names as strategies
     from headstart.lora.adapt import Adapter, MergeReport, adapt, merge, remove, unmerge
@@ -50,10 +50,10 @@ _HOMES = {
     "files.doctor.anatomy": ("inspect",),
     "files.bank": ("AdapterBank",),
     "files.checkpoint": ("load", "save"),
-    "files.combine": ("combine",),
+    "files.merging.combine": ("combine",),
     "files.doctor.examine": ("doctor",),
     "files.portable": ("Export", "export"),
-    "files.stream": ("merge_checkpoint",),
+    "files.merging.stream": ("merge_checkpoint",),
     "inits": ("Factors", "Strategy", "register"),
     "lora.adapt": ("Adapter", "MergeReport", "adapt", "merge", "remove", "unmerge"),
     "lora.calibrate": ("calibrate",),

@@ -150,7 +150,7 @@ def combine(
 ) -> None:
     """Make one adapter that does what several do together, without their base."""
     given = _numbers("weights", weights)
-    from headstart.files.combine import combine as join
+    from headstart.files.merging.combine import combine as join
 
     report = join(adapters, out, weights=given, method=method, rank=rank, density=density, seed=seed, force=force)
     if as_json:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import headstart
 from headstart.errors import BadOption, FileError, Unstreamable
-from headstart.files.combine import combine
 from headstart.files.folder import write_folder
-from headstart.files.stream import CheckpointReport, Progress, merge_checkpoint
+from headstart.files.merging.combine import combine
+from headstart.files.merging.stream import CheckpointReport, Progress, merge_checkpoint
 from headstart.linalg.blend import SPARSE
 from headstart.tune import models
 from headstart.tune.models import Source

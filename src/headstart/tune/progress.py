@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from headstart.files.stream import CheckpointReport
+from headstart.files.merging.stream import CheckpointReport
 
 SHOWN = 5
 

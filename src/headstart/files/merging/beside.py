@@ -12,8 +12,8 @@ import torch
 
 from headstart.files.adapter import CONFIG, TENSORS
 from headstart.files.header import parse_object
-from headstart.files.shards import INDEX
-from headstart.files.skeleton import SETTINGS
+from headstart.files.merging.shards import INDEX
+from headstart.files.merging.skeleton import SETTINGS
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data")
 

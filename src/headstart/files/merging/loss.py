@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from headstart.files.folding import Change, Rows
+from headstart.files.merging.folding import Change, Rows
 from headstart.lora.adapt import MergeReport
 
 SAMPLED = 64  # Rows of a tensor on which the loss is measured.

@@ -13,10 +13,10 @@ from headstart.errors import BadOption, KeyMismatch, Unstreamable
 from headstart.files import quantized_base
 from headstart.files.adapter import AdapterFile
 from headstart.files.checkpoint import check_bases, plan_load, sites_of
-from headstart.files.folding import Change, Mixture, Read, Replaced, Rows, change_of, columns_of
-from headstart.files.packed import Packed, packed_weights
-from headstart.files.shards import Checkpoint, Stored
-from headstart.files.skeleton import Place, Skeleton, skeleton
+from headstart.files.merging.folding import Change, Mixture, Read, Replaced, Rows, change_of, columns_of
+from headstart.files.merging.packed import Packed, packed_weights
+from headstart.files.merging.shards import Checkpoint, Stored
+from headstart.files.merging.skeleton import Place, Skeleton, skeleton
 from headstart.lora import matrix, rebase
 from headstart.lora.layers import Start
 from headstart.lora.quantized import Recipe

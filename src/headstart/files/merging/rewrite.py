@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from headstart.errors import NonFiniteWeight
-from headstart.files import beside
-from headstart.files.folding import Change, Mixture, Rows
-from headstart.files.loss import CheckpointReport, Losses, every, picked
-from headstart.files.plan import Edit, Plan, Task
-from headstart.files.shard_writer import ShardWriter, header_room
-from headstart.files.shards import NAMES, Stored, read_rows, read_whole, row_ranges
+from headstart.files.merging import beside
+from headstart.files.merging.folding import Change, Mixture, Rows
+from headstart.files.merging.loss import CheckpointReport, Losses, every, picked
+from headstart.files.merging.plan import Edit, Plan, Task
+from headstart.files.merging.shard_writer import ShardWriter, header_room
+from headstart.files.merging.shards import NAMES, Stored, read_rows, read_whole, row_ranges
 from headstart.lora import quantized
 
 BLOCK = 32 << 20  # Bytes of a tensor in memory at once; some copies of it are made on the way.

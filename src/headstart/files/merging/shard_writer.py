@@ -16,7 +16,7 @@ from typing import BinaryIO
 from torch import Tensor
 
 from headstart.errors import FileError
-from headstart.files.shards import Stored, memory_of
+from headstart.files.merging.shards import Stored, memory_of
 
 SENT = 64 << 20  # Bytes after which the disk is told to take them.
 

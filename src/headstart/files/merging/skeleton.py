@@ -20,9 +20,9 @@ from torch import nn
 from headstart.errors import KeyMismatch, Unstreamable
 from headstart.files.adapter import AdapterFile
 from headstart.files.header import read_json
-from headstart.files.inferred import inferred
-from headstart.files.packed import Packed
-from headstart.files.shards import Checkpoint
+from headstart.files.merging.inferred import inferred
+from headstart.files.merging.packed import Packed
+from headstart.files.merging.shards import Checkpoint
 from headstart.lora import matrix
 
 SETTINGS = "config.json"

@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 
 from headstart.errors import BadOption, FileError
-from headstart.files import plan as planning
 from headstart.files.adapter import read_adapter
-from headstart.files.combine import checked_weights
 from headstart.files.folder import check_free, write_folder
-from headstart.files.folding import Mixture
-from headstart.files.loss import CheckpointReport
-from headstart.files.rewrite import Progress, Rewriting
-from headstart.files.shards import open_checkpoint
+from headstart.files.merging import plan as planning
+from headstart.files.merging.combine import checked_weights
+from headstart.files.merging.folding import Mixture
+from headstart.files.merging.loss import CheckpointReport
+from headstart.files.merging.rewrite import Progress, Rewriting
+from headstart.files.merging.shards import open_checkpoint
 from headstart.linalg.blend import check_method
 
 __all__ = ["CheckpointReport", "Progress", "merge_checkpoint"]

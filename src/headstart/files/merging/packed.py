@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from headstart.errors import AdapterFormatError, Unstreamable
-from headstart.files.shards import Checkpoint, Stored, read_whole
+from headstart.files.merging.shards import Checkpoint, Stored, read_whole
 from headstart.lora import quantized
 
 _STATE = ".quant_state.bitsandbytes__"
