@@ -398,7 +398,7 @@ def test_a_run_follows_the_advice_and_writes_it_down(checkpoint: Path, tmp_path:
     config = resolve({**given, "output": str(tmp_path / "run"), "dtype": "float32", "lora_dropout": 0.1, "r": 2})
     chosen = followed(config)
     assert (chosen.init, chosen.r, chosen.lora_dropout) == ("lora_one", 2, 0.1)
-    assert chosen.learning_rate != config.learning_rate
+    assert chosen.learning_rate == "auto"
     assert chosen.advice is not None
     assert chosen.advice.startswith("headstart advise chose lora_one (medium confidence)")
     assert followed(chosen) is chosen
@@ -406,8 +406,10 @@ def test_a_run_follows_the_advice_and_writes_it_down(checkpoint: Path, tmp_path:
     run(config, said.append)
     folder = Folder(tmp_path / "run")
     recorded = resolve(read(folder.recipe))
-    assert (recorded.init, recorded.advice, recorded.r) == ("lora_one", chosen.advice, 2)
-    assert chosen.advice in said
+    assert (recorded.init, recorded.r) == ("lora_one", 2)
+    assert isinstance(recorded.learning_rate, float)
+    assert str(recorded.advice).startswith(f"{chosen.advice}; rate {recorded.learning_rate:.2e}"[:-6])
+    assert recorded.advice in said
     assert "Left to headstart" in (folder.adapter / "README.md").read_text()
 
 

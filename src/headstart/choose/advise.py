@@ -195,6 +195,7 @@ def _filled(value: Any, words: dict[str, str]) -> Any:
 def _notes(facts: Facts, ranked: Iterable[Recommendation]) -> Iterator[str]:
     best = next(iter(ranked))
     yield f"{TUNED} ({TUNED_SOURCE})"
+    yield "--lr auto searches plain LoRA's rate on your data, in about seven steps, and fits it to the start: surer"
     if not best.fits and facts.memory is not None:
         need = size(best.estimate.memory.peak)
         text = f"nothing fits {size(facts.memory)}: the least takes {need}"

@@ -51,16 +51,15 @@ def followed(config: RunConfig, folder: Folder | None = None) -> RunConfig:
     )
     own = {name for name in given if name != "init"}
     fields = {name: value for name, value in advice.best.fields.items() if name not in own | {"model", "data", "steps"}}
+    if "learning_rate" in fields and config.optimizer == "adamw":
+        fields["learning_rate"] = AUTO  # Searched on the data: surer than what the advice knows before it has any.
     return resolve({**given, **fields, "advice": reason(advice)})
 
 
 def reason(advice: Advice) -> str:
     """Why, in one line."""
     best = advice.best
-    return (
-        f"headstart advise chose {best.init} ({best.confidence} confidence): {best.because} [{best.source}]; "
-        f"rate {best.rate.value:g} ({best.rate.confidence}): {best.rate.reason} [{best.rate.source}]"
-    )
+    return f"headstart advise chose {best.init} ({best.confidence} confidence): {best.because} [{best.source}]"
 
 
 def _steps(config: RunConfig) -> int | None:
