@@ -99,6 +99,7 @@ def _owner(path: Path) -> int | None:
 
 
 def alive(process: int) -> bool:
+    """Whether a process of this machine runs."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from headstart.errors import BadOption, FileError
+from headstart.files.atomic import alive
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -187,15 +188,5 @@ def _is_done(trial: FrozenTrial) -> bool:
 
 def _is_dead(attributes: Mapping[str, Any]) -> bool:
     if attributes["host"] == socket.gethostname():
-        return attributes["process"] != os.getpid() and not _lives(attributes["process"])
+        return attributes["process"] != os.getpid() and not alive(attributes["process"])
     return time.time() - float(attributes["beat"]) > SILENCE
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
