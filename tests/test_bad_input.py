@@ -54,6 +54,7 @@ from headstart.errors import (
 from headstart.files import adapter as format_
 from headstart.inits import strategy as registry
 from headstart.lora import adapt as lora
+from headstart.lora import starts
 from headstart.lora.layers import LoraLayer
 
 IDS = torch.arange(12).reshape(3, 4)
@@ -517,7 +518,7 @@ def test_a_fault_in_any_layers_start_leaves_the_model_as_it_was(
     model, layers = net(), 6
     for k in range(layers + 1):
         calls = itertools.count()
-        start = lora._factors
+        start = starts._factors
 
         def failing(*args: Any, calls: Iterator[int] = calls, start: Any = start, k: int = k) -> Any:
             if next(calls) == k:
@@ -525,7 +526,7 @@ def test_a_fault_in_any_layers_start_leaves_the_model_as_it_was(
             return start(*args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(lora, "_factors", failing)
+            patch.setattr(starts, "_factors", failing)
             if k < layers:
                 with refused(model, fault, "here"):
                     install(model, config(init_lora_weights="pissa"))

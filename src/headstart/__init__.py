@@ -27,11 +27,12 @@ if TYPE_CHECKING:
     from headstart.files.portable import Export, export
     from headstart.inits.strategy import Factors, Strategy, register
     from headstart.inits.strategy import names as strategies
-    from headstart.lora.adapt import Adapter, MergeReport, adapt, merge, remove, unmerge
+    from headstart.lora.adapt import Adapter, adapt, remove
     from headstart.lora.calibrate import calibrate
     from headstart.lora.calibration import Calibration
     from headstart.lora.config import LoraConfig
     from headstart.lora.line_search import search_step
+    from headstart.lora.merge import MergeReport, merge, unmerge
     from headstart.lora.optim import PreconditionedAdamW, lora_plus_groups, preconditioned_groups
     from headstart.lora.rate_search import search_rate
     from headstart.lora.rates import Rate
@@ -55,7 +56,8 @@ _HOMES = {
     "files.portable": ("Export", "export"),
     "files.merging.stream": ("merge_checkpoint",),
     "inits": ("Factors", "Strategy", "register"),
-    "lora.adapt": ("Adapter", "MergeReport", "adapt", "merge", "remove", "unmerge"),
+    "lora.adapt": ("Adapter", "adapt", "remove"),
+    "lora.merge": ("MergeReport", "merge", "unmerge"),
     "lora.calibrate": ("calibrate",),
     "lora.calibration": ("Calibration",),
     "lora.config": ("LoraConfig",),

@@ -34,7 +34,7 @@ from headstart.files.adapter import (
 )
 from headstart.files.fields import VERSION
 from headstart.files.quantized_base import sample
-from headstart.lora import adapt, matrix, quantized
+from headstart.lora import adapt, matrix, merge, quantized
 from headstart.lora.adapt import Adapter
 from headstart.lora.config import Holders, LoraConfig, Target, check_rank, holders_of
 from headstart.lora.delta import Branch, plain_lora
@@ -69,7 +69,7 @@ def save(model: nn.Module, path: str | Path, *, rank: int | None = None) -> dict
     layers = adapter.layers()
     if rank is not None:
         check_rank("rank", rank)
-        adapt.check_finite(layers, "truncated")
+        merge.check_finite(layers, "truncated")
     found = {name: _entry(name, layer, rank) for name, layer in layers.items()}
     dropped = {name: lost for name, (_, lost) in found.items()}
     entries = outputs_scaled({name: entry for name, (entry, _) in found.items()}, _attentions(layers), 0.5)

@@ -19,11 +19,12 @@ from torch import nn
 
 from headstart.files.adapter import read_adapter
 from headstart.files.checkpoint import plan_load
-from headstart.lora.adapt import check_plain, measured, prepare, trained_biases
+from headstart.lora.adapt import check_plain, measured, trained_biases
 from headstart.lora.calibration import Calibration
 from headstart.lora.config import LoraConfig, Target, with_heads
 from headstart.lora.layers import Start
 from headstart.lora.report import InitReport
+from headstart.lora.starts import prepare
 from headstart.peft.checkpoint import fill
 from headstart.peft.config import own_config, peft_config
 from headstart.peft.inject import enter, injection

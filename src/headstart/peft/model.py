@@ -13,9 +13,10 @@ from typing import Any, cast
 import peft
 from peft.utils import ModulesToSaveWrapper
 
-from headstart.lora.adapt import prepare, trained_biases
+from headstart.lora.adapt import trained_biases
 from headstart.lora.config import LoraConfig, with_heads
 from headstart.lora.report import InitReport
+from headstart.lora.starts import prepare
 from headstart.peft import checkpoint
 from headstart.peft.config import own_config, peft_config
 from headstart.peft.inject import enter, injection, unwrapped

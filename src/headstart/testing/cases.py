@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from headstart import statistics
 from headstart.errors import UnsupportedLayer
 from headstart.inits import strategy as registry
-from headstart.lora import adapt as lora
 from headstart.lora.calibrate import calibrate
 from headstart.lora.calibration import Calibration
 from headstart.lora.config import LoraConfig, Target, targets
 from headstart.lora.layers import Start
+from headstart.lora.starts import start_of
 from headstart.testing.kinds import Kind
 from headstart.testing.shells import NATIVE, Shell
 
@@ -99,7 +99,7 @@ class Case:
         """Every layer's start, by name."""
         known = known or self.calibration
         found = targets(model or self.model(), self.config)
-        return {target.name: (target, lora.start_of(target, self.config, known)[0]) for target in found}
+        return {target.name: (target, start_of(target, self.config, known)[0]) for target in found}
 
     def outputs(self, model: nn.Module, grad: bool = False) -> list[Tensor]:
         """What a model computes, as a flat list."""

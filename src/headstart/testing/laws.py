@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from headstart.errors import HeadstartError, NonFiniteWeight, UnsupportedLayer
 from headstart.inits import strategy as registry
-from headstart.lora import adapt as lora
 from headstart.lora import matrix
 from headstart.lora.config import Target, targets
 from headstart.lora.layers import Start
 from headstart.lora.matrix import Layout
+from headstart.lora.starts import start_of
 from headstart.testing.cases import RANK, Case, bits, fingerprint, known_of_rows, products, rounding, same, train
 from headstart.testing.kinds import transformers_conv1d
 
@@ -79,7 +79,7 @@ def starts_know_no_order(case: Case) -> None:
 def _start_alone(case: Case, name: str) -> Start:
     """The start of one layer in a model whose other layers are started after it, or not at all."""
     found = {target.name: target for target in targets(case.model(), case.config)}
-    return lora.start_of(found[name], case.config, case.calibration)[0]
+    return start_of(found[name], case.config, case.calibration)[0]
 
 
 def scaling_cancels(case: Case) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from headstart.files.checkpoint import load, save
 from headstart.lora import adapt as lora
 from headstart.lora.config import LoraConfig
+from headstart.lora.merge import merge, unmerge
 
 
 class Shell(Protocol):
@@ -45,13 +46,13 @@ class Native:
         return load(base, folder).model
 
     def merge(self, model: nn.Module) -> None:
-        lora.merge(model, reversible=True)
+        merge(model, reversible=True)
 
     def unmerge(self, model: nn.Module) -> None:
-        lora.unmerge(model)
+        unmerge(model)
 
     def fold(self, model: nn.Module) -> nn.Module:
-        lora.merge(model)
+        merge(model)
         return model
 
     def remove(self, model: nn.Module) -> nn.Module:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from headstart.files.merging.folding import Change, Rows
-from headstart.lora.adapt import MergeReport
+from headstart.lora.merge import MergeReport
 
 SAMPLED = 64  # Rows of a tensor on which the loss is measured.
 TOLERATED = 0.1  # The share of an update that may be lost without a word of advice.

@@ -79,7 +79,7 @@ class Bank:
         """Add an adapter from its factors.
 
         Args:
-            name: what routes call it. starts: its layers, as `headstart.lora.adapt.prepare` gives them.
+            name: what routes call it. starts: its layers, as `headstart.lora.starts.prepare` gives them.
             dtype: what its factors are held in, where the layer's own is not narrower; by default that of `starts`.
             replace: whether a name that is taken is an adapter to replace.
 
