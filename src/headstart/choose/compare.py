@@ -82,8 +82,8 @@ def compare(
         HeadstartError: before anything is trained, where an arm does not fit the model or the data.
 
     Example:
-        >>> model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 2))
-        >>> batches = [(x, x[:, :2].sin()) for x in torch.randn(8, 4, 6)]
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))
+        >>> batches = [(x, x.sin()) for x in torch.randn(8, 4, 8)]
         >>> def loss(model, batch):
         ...     return nn.functional.mse_loss(model(batch[0]), batch[1])
         >>> found = compare(model, loss, batches, batches[:4], {"a": "kaiming", "b": "pissa"}, steps=8, seeds=3)
