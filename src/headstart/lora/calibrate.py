@@ -70,7 +70,8 @@ def calibrate(
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 1))
         >>> batches = [torch.randn(8, 4) for _ in range(3)]
         >>> found = calibrate(model, LoraConfig(r=2, init_lora_weights="eva"), batches)
-        >>> found.batches, found.layers["0"]["inputs"][0].count
+        >>> moments = found.layers["0"].get("inputs")[0]
+        >>> found.batches, moments.count
         (3, 24)
     """
     configs = [config] if isinstance(config, LoraConfig) else list(config)

@@ -45,7 +45,8 @@ def redistribute(
         rule: "eva" the inputs' explained variance; "gradient" the gradient's energy; "gora" mean |W∘G|.
         scores: instead of a rule, any spectrum: what the first, second, … rank of each layer is worth, falling.
         budget: in parameters; not for rule "gora", whose budget is the config's rank.
-        minimum, maximum: rank of any layer; by default none, and four times the config's.
+        minimum: rank of any layer; none by default.
+        maximum: likewise; four times the config's by default.
 
     Returns:
         The config, with `rank_pattern` and `alpha_pattern` by full name so that every layer keeps its scaling, and the
