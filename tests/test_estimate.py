@@ -246,13 +246,13 @@ def test_a_run_takes_what_was_predicted(kind: str, init: str) -> None:
         model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, vocab_size=512))
     else:
         model = transformers.BertModel(transformers.BertConfig(**shape, vocab_size=512), add_pooling_layer=False)
-    tokens = torch.randint(3, 500, (4, 64))
+    tokens = torch.randint(3, 500, (4, 256))
     mask = torch.ones_like(tokens)
     mask[0, -9:] = 0
     batch = {"input_ids": tokens, "attention_mask": mask} | ({"labels": tokens} if kind == "llama" else {})
     config = LoraConfig(r=8, lora_alpha=8, init_lora_weights=init)
     outline = dataclasses.replace(outline_of(model), longest=0)
-    setting = Setting(init=init, r=8, dtype="float32", batch_size=4, max_length=64, loss="whole")
+    setting = Setting(init=init, r=8, dtype="float32", batch_size=4, max_length=256, loss="whole")
     predicted = predict(outline, setting).memory
 
     def loss(model: Any, batch: Any) -> torch.Tensor:
@@ -269,9 +269,8 @@ def test_a_run_takes_what_was_predicted(kind: str, init: str) -> None:
 
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     assert predicted.weights == weights
-    assert predicted.peak == pytest.approx(
-        weights + allocated(run), rel=0.12
-    )  # The odds and ends of a model this small weigh more; benchmarks hold 10 %.
+    measured = weights + allocated(run)
+    assert predicted.peak == pytest.approx(measured, rel=0.03)
 
 
 # --- the answer

@@ -80,18 +80,12 @@ class Runs:
 
     def guess(self, cell: Cell) -> int:
         """The grid step at which to begin: the best of the nearest cell that was run."""
-        best: dict[tuple[int, ...], int] = {}
-        for line in self.lines:
-            far = (
-                line["init"] != cell.init,
-                line["task"] != cell.task,
-                line["rank"] != cell.rank,
-                line["scaling"] != cell.scaling,
-            )
-            key = (*far,)
-            if key not in best or line["loss"] < best[key][0]:  # type: ignore[index]
-                best[key] = (line["loss"], line["step"])  # type: ignore[assignment]
-        return best[min(best)][1] if best else 0  # type: ignore[index]
+
+        def distance(line: dict[str, Any]) -> tuple[Any, ...]:
+            apart = (line[name] != getattr(cell, name) for name in ("init", "task", "rank", "scaling"))
+            return (*apart, line["loss"])
+
+        return min(self.lines, key=distance)["step"] if self.lines else 0  # type: ignore[no-any-return]
 
 
 def rate(step: int) -> float:

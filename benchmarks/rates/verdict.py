@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,6 @@ from benchmarks.rates.predict import TRAVELS
 from benchmarks.rates.sweep import CENTRE, FACTOR
 
 Key = tuple[str, str, int, float, int]  # task, init, rank, scaling, seed
-Predictor = Callable[[Mapping[str, Any], Any], float]
 
 
 @dataclass(frozen=True)
