@@ -15,6 +15,7 @@ import gc
 import json
 import os
 import statistics
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -28,6 +29,7 @@ Call = Callable[[], object]
 Arm = Callable[[], Call]
 
 _RESET = Path("/proc/self/clear_refs")
+M_ARENA_MAX = -8  # of glibc's mallopt
 
 
 @dataclass(frozen=True)
@@ -126,10 +128,20 @@ def in_child(arm: Arm, warm: Arm | None = None) -> Cost:
     child = os.fork()
     if child == 0:
         os.close(reader)
+
+        def tell() -> None:
+            try:
+                os.write(writer, json.dumps(dataclasses.astuple(_cost(arm, warm))).encode())
+            except BaseException:
+                traceback.print_exc()
+
         try:
-            os.write(writer, json.dumps(dataclasses.astuple(_cost(arm, warm))).encode())
-        except BaseException:
-            traceback.print_exc()
+            # The team of threads that the parent's OpenMP knows did not come along; a new thread gathers its own. It
+            # takes its memory where the parent's main thread did: what other arenas free is not all given back.
+            ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+            alone = threading.Thread(target=tell)
+            alone.start()
+            alone.join()
         finally:
             os._exit(0)
     os.close(writer)
@@ -149,14 +161,14 @@ def _cost(arm: Arm, warm: Arm | None) -> Cost:
         return Cost(cpu_seconds(call))
     _give_back()
     _RESET.write_text("5")  # VmHWM, the largest size so far, becomes VmRSS, the size now.
-    before = _resident()
+    before = resident()
     began = time.process_time()
     result = call()
     seconds = time.process_time() - began
-    after = _resident()
+    after = resident()
     peak = after["VmHWM"] - before["VmRSS"] - max(0.0, after["RssFile"] - before["RssFile"])
     _give_back()
-    kept = _resident()["RssAnon"] - before["RssAnon"]
+    kept = resident()["RssAnon"] - before["RssAnon"]
     del result
     return Cost(seconds, max(0.0, peak), max(0.0, kept))
 
@@ -167,7 +179,7 @@ def _give_back() -> None:
     ctypes.CDLL(None).malloc_trim(0)
 
 
-def _resident() -> dict[str, float]:
+def resident() -> dict[str, float]:
     """What is resident, by kind, in MB."""
     lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
     return {
@@ -204,16 +216,17 @@ def allocated(call: Call) -> float:
     return peak / 1e6
 
 
-def fresh_process(arguments: list[str], repeats: int) -> float:
-    """Median CPU seconds of a whole process, of its start and its children too."""
-    taken = []
+def fresh_processes(arms: Mapping[str, list[str]], repeats: int) -> dict[str, float]:
+    """Median CPU seconds of each whole process, of its start and its children too, run in turns as in `interleaved`."""
+    taken: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(repeats + 1):
-        process = os.posix_spawn(arguments[0], arguments, os.environ, file_actions=_SILENT)
-        _, status, usage = os.wait4(process, 0)
-        if status:
-            raise RuntimeError(f"{' '.join(arguments)} failed")
-        taken.append(usage.ru_utime + usage.ru_stime)
-    return statistics.median(taken[1:])  # The first writes the bytecode.
+        for name, arguments in arms.items():
+            process = os.posix_spawn(arguments[0], arguments, os.environ, file_actions=_SILENT)
+            _, status, usage = os.wait4(process, 0)
+            if status:
+                raise RuntimeError(f"{' '.join(arguments)} failed")
+            taken[name].append(usage.ru_utime + usage.ru_stime)
+    return {name: statistics.median(seconds[1:]) for name, seconds in taken.items()}  # The first writes the bytecode.
 
 
 _SILENT = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]

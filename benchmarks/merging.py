@@ -1,7 +1,11 @@
 """Merging on disk beside copying the same files and beside PEFT, and adapters into one beside PEFT.
 
 The checkpoint is a Llama's in bfloat16, of random numbers, in shards; the adapter is of rank 16 on every projection.
-Seconds on the clock count here, too: whoever merges waits for a disk.
+Seconds on the clock count here, too: whoever merges waits for a disk. It uses all cores that OMP_NUM_THREADS allows:
+
+    OMP_NUM_THREADS=2 python -m benchmarks merging
+
+    python -m benchmarks.merging seven [FOLDER]    13.5 GB, Llama-7B's shapes in three shards, alone; 27 GB of disk
 """
 
 from __future__ import annotations
@@ -11,9 +15,11 @@ import json
 import os
 import shutil
 import statistics
+import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +29,16 @@ import transformers
 from safetensors.torch import save_file
 
 import headstart as hs
-from benchmarks.measure import Arm, Call, Cost, Row, Scale, Target, in_child, measure, row
+from benchmarks.measure import Arm, Call, Cost, Row, Scale, Target, in_child, measure, resident, row
 from benchmarks.recompress import combined, two_adapters
 from headstart.files.adapter import read_adapter
-from headstart.files.merging.combine import combined as combined_layer
-from headstart.files.merging.combine import factors_of
+from headstart.files.merging.factors import combined as combined_layer
+from headstart.files.merging.factors import factors_of
 
 # hidden, intermediate, layers, vocabulary: 2.3 GB, 0.6 GB, and next to nothing.
 SIZES = {"full": (2048, 5632, 24, 32000), "quick": (2048, 5632, 5, 8000), "toy": (32, 64, 1, 64)}
+SEVEN = (4096, 11008, 32, 32000)
+SHARD = 5_000_000_000  # bytes of a shard of it
 RANK, SHARES = 16, (0.7, 0.3)
 WIDTHS = {"full": 2048, "quick": 1024, "toy": 64}
 
@@ -87,8 +95,8 @@ def _call(act: Callable[[], None]) -> Arm:
     return lambda: act
 
 
-def _write(folder: Path, hidden: int, wide: int, layers: int, words: int) -> int:
-    """A checkpoint and an adapter for it. Returns the checkpoint's size."""
+def _write(folder: Path, hidden: int, wide: int, layers: int, words: int, shard: int = 0) -> int:
+    """A checkpoint and an adapter for it, a block a shard or in shards of so many bytes. Returns its size."""
     config = transformers.LlamaConfig(
         hidden_size=hidden, intermediate_size=wide, num_hidden_layers=layers, vocab_size=words, dtype="bfloat16",
         num_attention_heads=hidden // 16, num_key_value_heads=hidden // 16, tie_word_embeddings=False,
@@ -98,16 +106,17 @@ def _write(folder: Path, hidden: int, wide: int, layers: int, words: int) -> int
     config.save_pretrained(folder / "base")
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in transformers.LlamaForCausalLM(config).named_parameters()}
-    parts: dict[str, dict[str, torch.Size]] = {}
-    for name, shape in shapes.items():
-        parts.setdefault(name.split(".layers.")[-1].split(".")[0], {})[name] = shape
+    parts = _parts(shapes, shard)
     generator, index, factors, size = torch.Generator().manual_seed(0), {}, {}, 0
-    for i, part in enumerate(parts.values(), start=1):
+    # Random numbers, the same over and over where there are many.
+    drawn = (0.02 * torch.randn(1 << 24, generator=generator)).bfloat16()
+    for i, part in enumerate(parts, start=1):
         file = f"model-{i:05}-of-{len(parts):05}.safetensors"
-        tensors = {n: (0.02 * torch.randn(s, generator=generator)).bfloat16() for n, s in part.items()}
+        tensors = {n: drawn.repeat(-(-s.numel() // drawn.numel()))[: s.numel()].reshape(s) for n, s in part.items()}
         save_file(tensors, folder / "base" / file, {"format": "pt"})
         index |= dict.fromkeys(tensors, file)
         size += sum(tensor.nbytes for tensor in tensors.values())
+        del tensors
         for name, shape in part.items():
             if name.endswith("_proj.weight"):
                 layer = f"base_model.model.{name.removesuffix('.weight')}"
@@ -121,6 +130,21 @@ def _write(folder: Path, hidden: int, wide: int, layers: int, words: int) -> int
     fields = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": leaves}
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(fields))
     return size
+
+
+def _parts(shapes: Mapping[str, torch.Size], shard: int) -> list[dict[str, torch.Size]]:
+    """What lies together in a shard."""
+    if not shard:
+        parts: dict[str, dict[str, torch.Size]] = {}
+        for name, shape in shapes.items():
+            parts.setdefault(name.split(".layers.")[-1].split(".")[0], {})[name] = shape
+        return list(parts.values())
+    found: list[dict[str, torch.Size]] = [{}]
+    for name, shape in shapes.items():
+        if 2 * sum(one.numel() for one in found[-1].values()) + 2 * shape.numel() > shard:
+            found.append({})
+        found[-1][name] = shape
+    return found
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -147,6 +171,45 @@ def _through_peft(folder: Path) -> None:
     whole: Any = peft.PeftModel.from_pretrained(model, str(folder / "adapter")).merge_and_unload()
     whole.save_pretrained(folder / "theirs")
     shutil.rmtree(folder / "theirs")
+
+
+# ------------------------------------------------------------------ 13 GB
+
+
+def seven(place: str | None) -> None:
+    """Merge Llama-7B's shapes, and print the speed and the memory beside those of copying."""
+    with tempfile.TemporaryDirectory(dir=place) as there:
+        folder = Path(there)
+        size = _write(folder, *SEVEN, shard=SHARD)
+        print(f"{size / 1e9:.2f} GB in {len(list((folder / 'base').glob('*.safetensors')))} shards", flush=True)
+        seen: list[float] = []
+        ended = threading.Event()
+
+        def watch() -> None:
+            while not ended.wait(0.05):
+                seen.append(resident()["RssAnon"])
+
+        watching = threading.Thread(target=watch)
+        watching.start()
+        began, cpu = time.perf_counter(), time.process_time()
+        _forget(folder / "base")
+        try:
+            report = hs.merge_checkpoint(folder / "base", folder / "adapter", folder / "merged")
+        finally:
+            ended.set()
+            watching.join()
+        clock, spent = time.perf_counter() - began, time.process_time() - cpu
+        print(
+            f"merged at {size / 1e6 / clock:.0f} MB/s in {clock:.1f} s, {spent:.1f} s of CPU; "
+            f"at most {max(seen):.0f} MB of anonymous memory, {seen[0]:.0f} MB before; "
+            f"{report.median:.1%} of an update lost in the layer in the middle"
+        )
+        shutil.rmtree(folder / "merged")
+        _forget(folder / "base")
+        began = time.perf_counter()
+        _copy(folder / "base", folder / "merged")
+        copied = time.perf_counter() - began
+        print(f"copied and synced at {size / 1e6 / copied:.0f} MB/s: the merge has {copied / clock:.2f} of that")
 
 
 # ------------------------------------------------------------------ adapters
@@ -210,3 +273,9 @@ def _factors(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _distance(whole: Any, A: torch.Tensor, B: torch.Tensor) -> float:
     return float((whole - B.double() @ A.double()).norm() / whole.norm())
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] != ["seven"]:
+        raise SystemExit(f"{__doc__}")
+    seven(sys.argv[2] if len(sys.argv) > 2 else None)

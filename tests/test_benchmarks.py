@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,21 @@ def test_a_topic_runs(topic: str) -> None:
         assert all(row[name] is None or row[name] >= 0 for name in NUMBERS)
         assert row["met"] in (True, False, None)
         assert json.loads(json.dumps(row)) == row
+
+
+def test_memory_is_measured_also_after_threads_were_started() -> None:
+    code = (
+        "import torch; from benchmarks.measure import in_child\n"
+        "W = torch.ones(1000, 1000)\n"
+        "assert torch.get_num_threads() == 2 and float(torch.mm(W, W).exp().sum())\n"
+        "print(in_child(lambda: lambda: torch.mm(W, W).exp()).kept)\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    assert 3 < float(run.stdout) < 8  # 4 MB
 
 
 def test_every_topic_is_tested() -> None:

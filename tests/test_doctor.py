@@ -38,14 +38,16 @@ FIELDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "gaussian": {"init_lora_weights": "gaussian"},
     "orthogonal": {"init_lora_weights": "orthogonal"},
-    "pissa": {"init_lora_weights": "pissa", "lora_alpha": 8},
+    "pissa": {"init_lora_weights": "pissa", "lora_alpha": 16},
     "pissa_niter": {"init_lora_weights": "pissa_niter_2"},
-    "olora": {"init_lora_weights": "olora", "lora_alpha": 8},
+    "olora": {"init_lora_weights": "olora", "lora_alpha": 16},
     "lora_ga": {"init_lora_weights": "lora_ga"},
     "dora": {"use_dora": True},
     "pissa_dora": {"init_lora_weights": "pissa", "use_dora": True},
     "rslora": {"use_rslora": True},
     "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 1.5}},
+    "uneven": {"rank_pattern": {"layers.0.self_attn.q_proj": 16}},
+    "narrow": {"r": 4, "lora_alpha": 4},
     "saved": {"modules_to_save": ["lm_head"]},
     "embeddings": {"target_modules": ["embed_tokens", "q_proj", "v_proj"]},
     "tokens": {"trainable_token_indices": [1, 2]},
@@ -87,7 +89,7 @@ class Made:
         place = self.root / name
         if not place.exists():
             torch.manual_seed(1)
-            fields: dict[str, Any] = {"r": 4, "lora_alpha": 4, "target_modules": TARGETS, **FIELDS[name]}
+            fields: dict[str, Any] = {"r": 8, "lora_alpha": 8, "target_modules": TARGETS, **FIELDS[name]}
             model = peft.get_peft_model(self.base(), peft.LoraConfig(task_type="CAUSAL_LM", **fields))
             optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
             for _ in range(2):
@@ -234,6 +236,22 @@ def test_the_scales_of_the_engines_are_those_that_were_measured(made: Made, tmp_
     assert found["lorax"].worst[1] == pytest.approx(3.0)
 
 
+def test_lorax_scales_by_the_padded_rank_of_the_kind_before(made: Made, tmp_path: Path) -> None:
+    """α/r for the first kind; then r is what the kind before was padded to, 8 or a multiple of 16."""
+    patterns = {"rank_pattern": {"k_proj": 2, "down_proj": 20}}
+    fields: dict[str, Any] = {"r": 4, "lora_alpha": 4, "target_modules": TARGETS}
+    peft.get_peft_model(made.base(), peft.LoraConfig(**patterns, **fields)).save_pretrained(tmp_path)
+    found = doctor(tmp_path)["lorax"]
+    # kind: (rank that it divides by, rank that is right)
+    wanted = {"q_proj": (4, 4), "k_proj": (8, 2), "v_proj": (8, 4), "down_proj": (8, 20)}
+    for kind, (theirs, ours) in wanted.items():
+        ratios = [found.ratios.get(name, 1.0) for name in doctor(tmp_path).survey.layers if name.endswith(kind)]
+        assert ratios == pytest.approx([ours / theirs] * 2), kind
+    assert doctor(made.folder("narrow"))["lorax"].ratios.keys() == {
+        name for name in doctor(made.folder("narrow")).survey.layers if not name.endswith("q_proj")
+    }
+
+
 def test_scale_and_magnitude_together_match_dense_float64() -> None:
     from headstart.files.doctor.deviation import Placed, Reader, deviation
     from headstart.files.doctor.survey import Layer
@@ -281,7 +299,7 @@ def test_what_we_save_never_needs_a_changed_base(init: str, made: Made, tmp_path
     model = made.base()
     batches = [{"input_ids": _ids(), "labels": _ids()}] * 4
     data = batches if init in ("eva", "lora_one", "lora_ga") else None
-    adapter = hs.adapt(model, hs.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=init), data=data)
+    adapter = hs.adapt(model, hs.LoraConfig(r=8, target_modules=TARGETS, init_lora_weights=init), data=data)
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
@@ -389,6 +407,8 @@ def test_plain_lora_is_well_everywhere_and_commands_are_filled_in(made: Made) ->
         ("pissa", {"peft": "loads", "vllm": "refuses", "sglang": "differs", "llama.cpp": "differs"}),
         ("lora_ga", {"peft": "differs", "vllm": "differs", "sglang": "differs"}),
         ("rslora", {"vllm": "loads", "sglang": "differs", "lorax": "loads", "llama.cpp": "differs"}),
+        ("uneven", {"vllm": "loads", "lorax": "refuses", "sglang": "refuses"}),
+        ("narrow", {"vllm": "loads", "lorax": "differs", "sglang": "loads", "llama.cpp": "loads"}),
         ("patterns", {"vllm": "loads", "sglang": "refuses", "lorax": "differs", "llama.cpp": "differs"}),
         ("saved", {"peft": "loads", "vllm": "refuses", "sglang": "differs", "llama.cpp": "refuses"}),
         ("embeddings", {"vllm": "loads", "lorax": "differs"}),
@@ -453,7 +473,7 @@ def test_another_base_is_named_by_its_layer(made: Made, tmp_path: Path) -> None:
     assert "another base" in told
     assert "does not have" in doctor(made.folder("plain"), nn.Sequential(nn.Linear(3, 3))).faults[0].what
     model = made.base()
-    hs.adapt(model, hs.LoraConfig(r=4, target_modules=TARGETS))
+    hs.adapt(model, hs.LoraConfig(r=8, target_modules=TARGETS))
     hs.save(model, tmp_path)
     other = made.base()
     with torch.no_grad():
@@ -678,12 +698,67 @@ def test_exit_codes_and_output(made: Made, tmp_path: Path, capsys: pytest.Captur
     assert code == 0
     code, out, _ = _run(capsys, "doctor", str(made.folder("rslora")), "--json")
     assert code == 1
-    assert json.loads(out)["engines"]["sglang"]["worst"]["relative_error"] == pytest.approx(0.5)
+    assert json.loads(out)["engines"]["sglang"]["worst"]["relative_error"] == pytest.approx(1 - 8**-0.5)
     code, out, err = _run(capsys, "doctor", str(tmp_path / "nowhere"))
     assert (code, out) == (2, "")
     assert err.startswith("AdapterFormatError: ")
     assert err.count("\n") == 1
     assert _run(capsys, "doctor", str(made.folder("pissa")), "--restore", str(tmp_path / "x"))[0] == 2
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_base_on_disk_is_looked_at_and_not_loaded(
+    tied: bool, made: Made, llama: Callable[[], nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from headstart.tune import models
+
+    base: Any = llama() if tied else made.base()
+    base.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    source = models.find(str(tmp_path / "base"))
+    loaded: Any = models.load(source)
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "load", lambda *_, **__: pytest.fail("loaded"))
+        seen: Any = models.viewed(source)
+    assert seen.config._name_or_path == loaded.config._name_or_path
+    there, wanted = dict(seen.named_parameters()), dict(loaded.named_parameters())
+    assert there.keys() == wanted.keys()  # tied as the model ties them
+    assert all(torch.equal(there[name], wanted[name]) for name in wanted)
+    for name in ("pissa", "dora", "plain"):
+        found, expected = (doctor(made.folder(name), model) for model in (seen, loaded))
+        assert json.loads(found.to_json()) == json.loads(expected.to_json())
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_a_base_on_disk_takes_no_memory(tmp_path: Path) -> None:
+    """Of its own: pages of files are the system's."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from headstart.files.merging.mapped import mapped
+
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4}
+    config = LlamaConfig(vocab_size=80_000, num_hidden_layers=1, tie_word_embeddings=False, **shape)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+
+    def own() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) // 1024
+
+    before = own()
+    model = mapped(tmp_path)
+    assert all(bool(value.isfinite().all()) for value in model.parameters() if value.numel() < 1e6)
+    assert float(dict(model.named_parameters())["lm_head.weight"].norm()) > 0
+    assert own() - before < 40  # of 164 MiB
+
+
+def test_a_base_that_its_files_hold_otherwise_is_loaded(made: Made, tmp_path: Path) -> None:
+    from headstart.tune import models
+
+    base: Any = made.base()
+    base.save_pretrained(tmp_path / "base")
+    torch.save(base.state_dict(), tmp_path / "base" / "pytorch_model.bin")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    found = models.viewed(models.find(str(tmp_path / "base")))
+    assert torch.equal(dict(found.named_parameters())["lm_head.weight"], base.lm_head.weight)
 
 
 def test_the_base_is_loaded_and_the_start_restored(

@@ -168,11 +168,17 @@ def test_adapters_come_and_go_while_others_are_served(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n": 2}, "n: Input should be 1"),
+        ({"n": 17}, "n: Input should be less than"),
+        ({"n": 16, "prompt": ["a"] * 5}, "at most 64 answers"),
         ({"logprobs": 1}, "logprobs: Extra inputs are not permitted"),
+        ({"presence_penalty": 0.5}, "presence_penalty: Input should be 0"),
+        ({"top_p": 0}, "top_p: Input should be greater"),
+        ({"stop": list("abcde")}, "stop.*at most 4"),
+        ({"prompt": [10**6]}, "prompt: tokens of 'base' are 0 to"),
+        ({"prompt": []}, "prompt"),
         ({"max_tokens": 0}, "max_tokens: Input should be greater than"),
         ({"max_tokens": 1000}, "have room"),
-        ({"prompt": ["a", "b"]}, "prompt: Input should be a valid string"),
+        ({"prompt": ["a", 2]}, "prompt"),
         ({"temperature": -1}, "temperature: Input should be greater"),
     ],
 )
@@ -232,6 +238,121 @@ def test_a_folder_is_never_looked_up_on_the_hub(
     with TestClient(app.create_app(llama(), tokenizer, "base", Path(folder.name))) as client:
         assert client.post("/v1/adapters/absent").status_code == 400
         assert client.post("/v1/adapters/fr").status_code == 200
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_stop_ends_the_text_before_it(client: Any, streamed: bool) -> None:
+    whole = say(client, "fr", 40).choices[0].text
+    stop = next(whole[i - 2 : i + 1] for i in range(4, len(whole)) if whole[i - 2 : i + 1].isascii())
+    for given in (stop, ["never said", stop]):
+        answer = say(client, "fr", 40, stop=given, stream=streamed)
+        chunks = list(answer) if streamed else [answer]
+        assert "".join(chunk.choices[0].text for chunk in chunks) == whole[: whole.find(stop)]
+        assert chunks[-1].choices[0].finish_reason == "stop"
+    cut = say(client, "fr", 12, stop=say(client, "fr", 12).choices[0].text + "!")  # begun, and never ended
+    assert cut.choices[0].text == say(client, "fr", 12).choices[0].text
+
+
+@pytest.mark.parametrize(
+    ("stops", "pieces", "reason"),
+    [
+        ((), ["t", "h", "e", " ", "c", "a", "t"], "length"),
+        (("cat",), ["t", "h", "e", " "], "stop"),
+        (("cat", "he"), ["t"], "stop"),
+        (("e cow",), ["t", "h", "e ca", "t"], "length"),
+        (("tx",), ["th", "e", " ", "c", "a", "t"], "length"),
+    ],
+)
+def test_what_may_begin_a_stop_waits(
+    stops: tuple[str, ...], pieces: list[str], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(SERVER))
+    import asyncio
+
+    import engine
+
+    class Letters:
+        def decode(self, made: list[int], **_: Any) -> str:
+            return "".join(map(chr, made))
+
+    async def sent() -> tuple[list[str], str | None]:
+        answers = engine.Answers([[1]], engine.Wish(7, None, stops=stops), 1)
+        (job,), text = answers.jobs, [ord(letter) for letter in "the cat"]
+        for count in range(1, 8):
+            if job.reason is None:
+                job.deliver(text[:count], Letters(), set())
+        return [piece async for _, piece in answers.pieces() if piece], job.reason
+
+    assert asyncio.run(sent()) == (pieces, reason)
+
+
+def test_several_prompts_and_several_answers_keep_their_order(client: Any, llama: Maker, tokenizer: Any) -> None:
+    prompts = ["The sea", "A", "One two three"]
+    expected = [alone(llama, tokenizer, None, 9, prompt) for prompt in prompts]
+    asked = {"model": "base", "max_tokens": 9, "temperature": 0, "n": 2}
+    for given in (prompts, [tokenizer(prompt)["input_ids"] for prompt in prompts]):
+        answer = client.completions.create(prompt=given, **asked)
+        assert [choice.text for choice in answer.choices] == [text for text in expected for _ in range(2)]
+        assert [choice.index for choice in answer.choices] == list(range(6))
+        assert answer.usage.prompt_tokens == sum(len(tokenizer(prompt)["input_ids"]) for prompt in prompts)
+        assert answer.usage.completion_tokens <= 54
+    found, ended = [""] * 6, []
+    for chunk in client.completions.create(
+        prompt=prompts, stream=True, stream_options={"include_usage": True}, **asked
+    ):
+        for choice in chunk.choices:
+            found[choice.index] += choice.text
+            ended += [choice.index] * (choice.finish_reason is not None)
+        used = chunk.usage
+    assert found == [text for text in expected for _ in range(2)]
+    assert sorted(ended) == list(range(6))
+    assert used == answer.usage
+
+
+def test_a_seed_repeats_a_draw_in_any_company(client: Any) -> None:
+    asked = {"model": "sql", "prompt": PROMPT, "max_tokens": 16, "temperature": 1.5}
+    first = client.completions.create(seed=7, n=3, **asked).choices
+    assert len({choice.text for choice in first}) > 1
+    with ThreadPoolExecutor(3) as pool:
+        others = [pool.submit(say, client, name, 30) for name in ("fr", "base")]
+        again = client.completions.create(seed=7, n=3, **asked).choices
+        assert all(other.result().choices for other in others)
+    assert [choice.text for choice in again] == [choice.text for choice in first]
+    assert client.completions.create(seed=8, **asked).choices[0].text != first[0].text
+
+
+def test_top_p_leaves_out_what_is_unlikely(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a nucleus written out: the fewest most likely tokens whose shares reach top_p."""
+    monkeypatch.syspath_prepend(str(SERVER))
+    import asyncio
+
+    import engine
+
+    scores = torch.tensor([0.1, 0.2, 0.15, 0.5, 0.05]).log()
+
+    async def drawn(top_p: float, temperature: float) -> set[int]:
+        wish = engine.Wish(1, None, temperature, top_p, seed=0)
+        job = engine.Job([1], wish, 0, asyncio.Queue())
+        return {engine._drawn(scores, job) for _ in range(400)}
+
+    for top_p, likely in {1.0: {0, 1, 2, 3, 4}, 0.9: {0, 1, 2, 3}, 0.72: {1, 2, 3}, 0.6: {1, 3}, 0.01: {3}}.items():
+        assert asyncio.run(drawn(top_p, 1.0)) == likely
+    assert asyncio.run(drawn(1.0, 0.0)) == {3}
+
+
+def test_one_model_is_looked_up_by_its_name(client: Any) -> None:
+    assert client.models.retrieve("fr").id == "fr"
+    with pytest.raises(openai.NotFoundError, match="no model 'absent'"):
+        client.models.retrieve("absent")
+
+
+def test_nulls_and_parts_of_messages_as_clients_send_them(client: Any) -> None:
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    asked = {"model": "sql", "max_completion_tokens": 8, "temperature": 0}
+    plain = client.chat.completions.create(messages=[{"role": "user", "content": "Hello"}], **asked)
+    nulls = {"stop": None, "top_p": None, "seed": None, "presence_penalty": 0, "frequency_penalty": 0.0}
+    found = client.chat.completions.create(messages=[{"role": "user", "content": parts}], **asked, **nulls)
+    assert found.choices[0].message == plain.choices[0].message
 
 
 def test_temperature_samples(client: Any) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +35,8 @@ from headstart.errors import (
     UnsupportedLayer,
     WrongBase,
 )
-from headstart.files.merging import rewrite, shards
+from headstart.files.merging import ahead, rewrite, shards
+from headstart.files.merging.folding import LowRank, Piece
 from headstart.lora.delta import Branch
 from headstart.lora.layers import lora_layers
 from headstart.testing.cases import Case
@@ -359,6 +364,110 @@ def test_no_more_than_a_block_of_a_tensor_is_read_at_once(
     assert max(sizes) <= 512
     whole, blocks = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "blocks")
     assert all(torch.equal(whole[name], blocks[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"dtype": "float32"}, {"method": "ties"}, {"method": "svd", "rank": 2}, {"weights": [0.7, -0.2]}],
+    ids=str,
+)
+def test_however_many_work_on_it_the_bytes_are_the_same(
+    given: dict[str, Any], base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(llama(dtype=torch.bfloat16), tmp_path / "other", use_dora=given.get("method") is None)
+    monkeypatch.setattr(rewrite, "BLOCK", 512)
+    found, lost, active = [], [], []
+    fold = LowRank.fold
+
+    def watched(*arguments: Any) -> Tensor:
+        active.append(threading.get_ident())
+        time.sleep(1e-4)
+        return fold(*arguments)
+
+    monkeypatch.setattr(LowRank, "fold", watched)
+    for count in (1, 3, 8):
+        monkeypatch.setattr(ahead, "workers", lambda count=count: count)
+        out = tmp_path / f"{count}"
+        lost.append(hs.merge_checkpoint(base, [adapter, tmp_path / "other"], out, **given).lost)
+        found.append({file.name: file.read_bytes() for file in out.iterdir()})
+    assert found[0] == found[1] == found[2]
+    assert lost[0] == lost[1] == lost[2]
+    assert threading.get_ident() not in active
+    if given.get("method") == "svd":
+        assert len(set(active)) > 3
+
+
+def test_a_worker_that_fails_ends_all_of_them(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rewrite, "BLOCK", 512)
+    monkeypatch.setattr(ahead, "workers", lambda: 4)
+    fold, calls = LowRank.fold, itertools.count()
+
+    def failing(*arguments: Any) -> Tensor:
+        if next(calls) == 20:
+            raise MemoryError("no memory for a block")
+        return fold(*arguments)
+
+    monkeypatch.setattr(LowRank, "fold", failing)
+    threads = torch.get_num_threads()
+    with pytest.raises(MemoryError, match="for a block"):
+        hs.merge_checkpoint(base, adapter, tmp_path / "merged")
+    assert next(calls) < 60  # of more than a hundred
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("headstart")]
+    assert torch.get_num_threads() == threads
+
+
+def test_steps_end_in_their_order_and_hold_no_more_than_they_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "workers", lambda: 4)
+    monkeypatch.setattr(ahead, "MEMORY", 10)
+    drawn = random.Random(0)
+    sizes = [drawn.choice([1, 3, 9, 30]) for _ in range(60)]
+    lock, held, most, order = threading.Lock(), 0, 0, []
+
+    def work(size: int) -> int:
+        nonlocal held, most
+        with lock:
+            held += size
+            most = max(most, held if held != size else 0)  # one alone may be larger
+        time.sleep(0.0005 * size)
+        return size
+
+    def then(size: int) -> None:
+        nonlocal held
+        with lock:
+            held -= size
+        order.append(size)
+
+    ahead.run(ahead.Step(then, partial(work, size), size) for size in sizes)
+    assert order == sizes
+    assert 3 < most <= 10
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="a call of Linux")
+def test_as_many_work_as_torch_may_use_and_the_process_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, threads, wanted in ((1, 8, 1), (8, 3, 3), (2, 2, 2)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert ahead.workers() == wanted
+
+
+def test_a_base_in_float64_is_left_alone_while_it_is_measured(base: Path, tmp_path: Path) -> None:
+    model = llama(dtype=torch.float64)
+    model.save_pretrained(tmp_path / "wide")
+    for name, fields in {"a": {}, "b": {"use_dora": True}}.items():
+        saved(model, tmp_path / name, target_modules=["q_proj"], **fields)
+    hs.merge_checkpoint(tmp_path / "wide", tmp_path / "a", tmp_path / "merged")
+    before, after = tensors_of(tmp_path / "wide")[Q], tensors_of(tmp_path / "merged")[Q]
+    torch.testing.assert_close(after, before + products(tmp_path / "a")[Q], rtol=1e-14, atol=1e-16)
+    W, piece = before.clone(), Piece((0, 32), torch.ones(32, 1), torch.ones(1, 32))
+    assert torch.equal(LowRank([piece]).wanted(W, (0, 32)), before + 1)
+    assert torch.equal(W, before)
+    hs.merge_checkpoint(tmp_path / "wide", [tmp_path / "a", tmp_path / "b"], tmp_path / "both")
+    hs.merge_checkpoint(tmp_path / "wide", tmp_path / "b", tmp_path / "second")
+    both, second = (tensors_of(tmp_path / name)[Q] for name in ("both", "second"))
+    torch.testing.assert_close(both, second + after - before, rtol=1e-12, atol=1e-14)
 
 
 def test_the_other_files_come_along(base: Path, adapter: Path, tmp_path: Path, tokenizer: Any) -> None:

@@ -22,10 +22,11 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from engine import Engine, Job
-from pydantic import BaseModel, Field, ValidationError
+from engine import Answers, Engine, Wish
+from jinja2 import TemplateError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -35,26 +36,55 @@ from starlette.routing import Route
 
 import headstart as hs
 
+MAX_ANSWERS = 64  # of one request
+
+
+def several(given: Any) -> Any:
+    return [given] if isinstance(given, str) else given
+
+
+class StreamOptions(BaseModel, extra="forbid"):
+    include_usage: bool = False
+
 
 class Asked(BaseModel, extra="forbid"):
-    """What a request may say. Anything else is refused, never ignored."""
+    """What a request may say, besides null. Anything else is refused, never ignored."""
 
     model: str
     max_tokens: int = Field(64, ge=1)
     temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    n: int = Field(1, ge=1, le=16)
+    seed: int | None = None
+    stop: Annotated[list[str], BeforeValidator(several), Field(max_length=4)] = []
     stream: bool = False
-    n: Literal[1] = 1
-    top_p: Literal[1] = 1
+    stream_options: StreamOptions = StreamOptions()
+    frequency_penalty: Literal[0] = 0
+    presence_penalty: Literal[0] = 0
     user: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _said(cls, given: Any) -> Any:
+        return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
 
 
 class Completion(Asked):
-    prompt: str
+    prompt: str | Annotated[list[str] | list[int] | list[list[int]], Field(min_length=1)]
+
+
+class Text(BaseModel, extra="forbid"):
+    type: Literal["text"]
+    text: str
 
 
 class Message(BaseModel):
     role: str
-    content: str
+    content: str | list[Text]
+
+    def plain(self) -> dict[str, str]:
+        said = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": self.role, "content": said}
 
 
 class Chat(Asked):
@@ -62,23 +92,43 @@ class Chat(Asked):
     max_completion_tokens: int | None = Field(None, ge=1)
 
 
-def job_of(asked: Completion | Chat, app: Any) -> Job:
+def prompts_of(asked: Completion | Chat, tokenizer: Any, name: str) -> list[list[int]]:
+    """The tokens of every prompt of a request."""
+    if isinstance(asked, Chat):
+        if tokenizer.chat_template is None:
+            raise HTTPException(400, f"{name!r} has no chat template: use /v1/completions")
+        said = [message.plain() for message in asked.messages]
+        try:
+            text = tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
+        except TemplateError as error:
+            raise HTTPException(400, f"messages: the chat template of {name!r} refuses them: {error}") from error
+        return [tokenizer(text, add_special_tokens=False)["input_ids"]]
+    given: Any = several(asked.prompt)
+    if isinstance(given[0], int):
+        given = [given]
+    found = [one if isinstance(one, list) else tokenizer(one)["input_ids"] for one in given]
+    if any(not 0 <= token < len(tokenizer) for one in found for token in one):
+        raise HTTPException(400, f"prompt: tokens of {name!r} are 0 to {len(tokenizer) - 1}")
+    return found
+
+
+def answers_of(asked: Completion | Chat, app: Any) -> Answers:
     """A request as the engine takes it."""
     engine: Engine = app.engine
     if asked.model != app.name and asked.model not in engine.bank:
         raise HTTPException(404, f"there is no model {asked.model!r} here: GET /v1/models lists what there is")
-    if isinstance(asked, Chat):
-        if engine.tokenizer.chat_template is None:
-            raise HTTPException(400, f"{app.name!r} has no chat template: use /v1/completions")
-        said = [message.model_dump() for message in asked.messages]
-        prompt = engine.tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
-        tokens = engine.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        limit = asked.max_completion_tokens or asked.max_tokens
-    else:
-        tokens, limit = engine.tokenizer(asked.prompt)["input_ids"], asked.max_tokens
-    if not 0 < len(tokens) <= engine.room - limit:
-        raise HTTPException(400, f"{len(tokens)} tokens of prompt and {limit} new ones: 1 to {engine.room} have room")
-    return Job(tokens, limit, asked.temperature, None if asked.model == app.name else asked.model)
+    prompts = prompts_of(asked, engine.tokenizer, app.name)
+    limit = (asked.max_completion_tokens if isinstance(asked, Chat) else None) or asked.max_tokens
+    for tokens in prompts:
+        if not 0 < len(tokens) <= engine.room - limit:
+            raise HTTPException(
+                400, f"{len(tokens)} tokens of prompt and {limit} new ones: 1 to {engine.room} have room"
+            )
+    if len(prompts) * asked.n > MAX_ANSWERS:
+        raise HTTPException(400, f"{len(prompts)} prompts and n of {asked.n}: at most {MAX_ANSWERS} answers at once")
+    adapter = None if asked.model == app.name else asked.model
+    wish = Wish(limit, adapter, asked.temperature, asked.top_p, asked.seed, tuple(filter(None, asked.stop)))
+    return Answers(prompts, wish, asked.n)
 
 
 async def complete(request: Request) -> Response:
@@ -89,38 +139,54 @@ async def complete(request: Request) -> Response:
     except ValidationError as error:
         first = error.errors()[0]
         raise HTTPException(400, f"{'.'.join(map(str, first['loc'])) or 'body'}: {first['msg']}") from None
-    job = job_of(asked, request.app.state)
-    request.app.state.engine.waiting.put(job)
+    answers = answers_of(asked, request.app.state)
+    for job in answers.jobs:
+        request.app.state.engine.waiting.put(job)
     kind = ("chat.completion" + ".chunk" * asked.stream) if chat else "text_completion"
     head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": asked.model}
 
-    def body(text: str, reason: str | None) -> dict[str, Any]:
+    def choice(index: int, text: str, reason: str | None) -> dict[str, Any]:
         said = {"role": "assistant", "content": text}
-        choice = {("delta" if asked.stream else "message"): said} if chat else {"text": text}
-        return {**head, "choices": [{"index": 0, **choice, "logprobs": None, "finish_reason": reason}]}
+        where = {("delta" if asked.stream else "message"): said} if chat else {"text": text}
+        return {"index": index, **where, "logprobs": None, "finish_reason": reason}
 
     async def events() -> AsyncIterator[str]:
         try:
-            async for piece in job.text():
-                if piece:
-                    yield f"data: {json.dumps(body(piece, None))}\n\n"
-            yield f"data: {json.dumps(body('', job.reason))}\n\ndata: [DONE]\n\n"
+            async for index, piece in answers.pieces():
+                reason = None if piece else answers.jobs[index].reason
+                yield event({**head, "choices": [choice(index, piece, reason)]})
+            if asked.stream_options.include_usage:
+                yield event({**head, "choices": [], "usage": answers.usage()})
+            yield "data: [DONE]\n\n"
         except Exception as error:
-            yield f"data: {json.dumps(problem(500, str(error)))}\n\n"
+            yield event(problem(500, str(error)))
 
     if asked.stream:
         return StreamingResponse(events(), media_type="text/event-stream")
+    texts = [""] * len(answers.jobs)
     try:
-        text = "".join([piece async for piece in job.text()])
+        async for index, piece in answers.pieces():
+            texts[index] += piece
     except Exception as error:
         raise HTTPException(500, str(error)) from error
-    used = {"prompt_tokens": len(job.tokens), "completion_tokens": len(job.made)}
-    return JSONResponse({**body(text, job.reason), "usage": {**used, "total_tokens": sum(used.values())}})
+    choices = [choice(job.index, text, job.reason) for job, text in zip(answers.jobs, texts, strict=True)]
+    return JSONResponse({**head, "choices": choices, "usage": answers.usage()})
+
+
+def event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content)}\n\n"
 
 
 async def models(request: Request) -> Response:
+    """All of them, or one."""
     names = (request.app.state.name, *request.app.state.engine.bank.names)
-    return JSONResponse({"object": "list", "data": [{"id": n, "object": "model", "owned_by": ""} for n in names]})
+    told = {n: {"id": n, "object": "model", "created": 0, "owned_by": "headstart"} for n in names}
+    asked = request.path_params.get("name")
+    if asked is None:
+        return JSONResponse({"object": "list", "data": list(told.values())})
+    if asked not in told:
+        raise HTTPException(404, f"there is no model {asked!r} here: GET /v1/models lists what there is")
+    return JSONResponse(told[asked])
 
 
 async def adapters(request: Request) -> Response:
@@ -141,7 +207,8 @@ async def adapters(request: Request) -> Response:
 def problem(status: int, message: str) -> dict[str, Any]:
     """An error as OpenAI's clients read it."""
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"error": {"message": message, "type": kind, "code": "model_not_found" if status == 404 else None}}
+    code = "model_not_found" if status == 404 else None
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
 async def refused(request: Request, error: Exception) -> Response:
@@ -165,6 +232,7 @@ def create_app(model: Any, tokenizer: Any, name: str, adapters_in: Path) -> Star
 
     routes = [
         Route("/v1/models", models),
+        Route("/v1/models/{name:path}", models),
         Route("/v1/completions", complete, methods=["POST"]),
         Route("/v1/chat/completions", complete, methods=["POST"]),
         Route("/v1/adapters/{name}", adapters, methods=["POST", "DELETE"]),

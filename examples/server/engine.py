@@ -10,6 +10,7 @@ import logging
 import queue
 import time
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,60 +22,120 @@ import headstart as hs
 MAX_BATCH, WAIT = 32, 0.005  # rows, and seconds that the first of a batch waits for company
 
 
-class Job:
-    """A request on its way.
+@dataclass(frozen=True)
+class Wish:
+    """How a request wants its answer.
 
     Attributes:
-        tokens: of the prompt; limit: of new ones; adapter: None for the base.
+        limit: of new tokens; adapter: None for the base; stops: what ends a text, and is not part of it.
+        temperature: 0 is greedy; top_p: the share of probability that is drawn from; seed: makes a draw repeatable.
+    """
+
+    limit: int
+    adapter: str | None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stops: tuple[str, ...] = ()
+
+
+Piece = tuple[int, str | Exception | None]
+
+
+class Job:
+    """One answer on its way, a row of a batch.
+
+    Attributes:
+        tokens: of the prompt; index: among the answers of its request, whose pieces go to `out`.
         made: the answer's tokens; reason: why it ended, as OpenAI calls it.
     """
 
-    def __init__(self, tokens: list[int], limit: int, temperature: float, adapter: str | None) -> None:
-        self.tokens, self.limit, self.temperature, self.adapter = tokens, limit, temperature, adapter
+    def __init__(self, tokens: list[int], wish: Wish, index: int, out: asyncio.Queue[Piece]) -> None:
+        self.tokens, self.wish, self.index = tokens, wish, index
         self.made: list[int] = []
         self.reason: str | None = None
-        self._sent = 0
-        self._loop = asyncio.get_running_loop()
-        self._pieces: asyncio.Queue[str | Exception | None] = asyncio.Queue()
+        self.random: torch.Generator | None = None
+        if wish.seed is not None:
+            self.random = torch.Generator().manual_seed((wish.seed + index) % 2**63)
+        self._sent, self._out, self._loop = 0, out, asyncio.get_running_loop()
 
     def put(self, piece: str | Exception | None) -> None:
         """From the engine's thread: some text, what went wrong, or the end."""
-        self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+        self._loop.call_soon_threadsafe(self._out.put_nowait, (self.index, piece))
 
     def deliver(self, made: list[int], tokenizer: Any, ends: set[int]) -> None:
         """The tokens so far, the last one new."""
+        self.made = made
         if made[-1] in ends:
             made, self.reason = made[:-1], "stop"
-        elif len(made) == self.limit:
+        elif len(made) == self.wish.limit:
             self.reason = "length"
-        self.made = made
         text = tokenizer.decode(made, skip_special_tokens=True)
-        if self.reason or not text.endswith("\ufffd"):  # A character that is not whole yet waits for its other bytes.
-            self.put(text[self._sent :])
-            self._sent = len(text)
+        found = [place for stop in self.wish.stops if (place := text.find(stop)) >= 0]
+        if found:
+            text, self.reason = text[: min(found)], "stop"
+        ready = len(text) if self.reason else self._certain(text)
+        if ready > self._sent:
+            self.put(text[self._sent : ready])
+            self._sent = ready
         if self.reason:
             self.put(None)
 
-    async def text(self) -> AsyncIterator[str]:
-        """The answer as it comes."""
+    def _certain(self, text: str) -> int:
+        """How much of a text stays: a character that is not whole yet, and what may begin a stop, wait."""
+        if text.endswith("\ufffd"):
+            return self._sent
+        begun = [n for stop in self.wish.stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+        return len(text) - max(begun, default=0)
+
+
+class Answers:
+    """What comes of a request: an answer for each prompt, or several."""
+
+    def __init__(self, prompts: list[list[int]], wish: Wish, each: int) -> None:
+        self._out: asyncio.Queue[Piece] = asyncio.Queue()
+        rows = [prompt for prompt in prompts for _ in range(each)]
+        self.jobs = [Job(tokens, wish, index, self._out) for index, tokens in enumerate(rows)]
+        self.asked = sum(map(len, prompts))
+
+    async def pieces(self) -> AsyncIterator[tuple[int, str]]:
+        """Text as it comes, and of which answer; an empty one is its end."""
+        left = len(self.jobs)
         try:
-            while (piece := await self._pieces.get()) is not None:
+            while left:
+                index, piece = await self._out.get()
                 if isinstance(piece, Exception):
                     raise piece
-                yield piece
+                left -= piece is None
+                yield index, piece or ""
         finally:
-            self.reason = self.reason or "cancelled"  # The client has gone: the row ends at its next token.
+            for job in self.jobs:
+                job.reason = job.reason or "cancelled"  # The client has gone: the row ends at its next token.
+
+    def usage(self) -> dict[str, int]:
+        made = sum(len(job.made) for job in self.jobs)
+        return {"prompt_tokens": self.asked, "completion_tokens": made, "total_tokens": self.asked + made}
 
 
-class Temperatures(LogitsProcessor):
-    """A temperature for each row; 0 is greedy."""
+class Draws(LogitsProcessor):
+    """Draws every row's next token as its request wants it; what is left is certain."""
 
-    def __init__(self, jobs: list[Job], device: torch.device) -> None:
-        self.heat = torch.tensor([[job.temperature] for job in jobs], device=device)
+    def __init__(self, jobs: list[Job]) -> None:
+        self.jobs = jobs
 
     def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        greedy = torch.full_like(scores, -torch.inf).scatter_(1, scores.argmax(1, keepdim=True), 0.0)
-        return torch.where(self.heat == 0, greedy, scores / self.heat.clamp_min(1e-3))
+        chosen = [_drawn(row, job) for row, job in zip(scores, self.jobs, strict=True)]
+        index = torch.tensor(chosen, device=scores.device)[:, None]
+        return torch.full_like(scores, -torch.inf).scatter_(1, index, 0.0)
+
+
+def _drawn(scores: torch.Tensor, job: Job) -> int:
+    if job.wish.temperature == 0:
+        return int(scores.argmax())
+    share, order = (scores.float() / max(job.wish.temperature, 1e-3)).softmax(0).cpu().sort(descending=True)
+    if job.wish.top_p < 1:
+        share = share * (share.cumsum(0) - share < job.wish.top_p)  # The first is always drawn from.
+    return int(order[torch.multinomial(share, 1, generator=job.random)])
 
 
 class Readers(StoppingCriteria):
@@ -126,15 +187,15 @@ class Engine:
                 self.waiting.put(None)
                 break
             both = [*jobs, job]
-            if max(len(j.tokens) for j in both) + max(j.limit for j in both) > self.room:
+            if max(len(j.tokens) for j in both) + max(j.wish.limit for j in both) > self.room:
                 return jobs, job
             jobs = both
         return jobs, None
 
     def _is_there(self, job: Job) -> bool:
-        there = job.adapter is None or job.adapter in self.bank
+        there = job.wish.adapter is None or job.wish.adapter in self.bank
         if not there:
-            job.put(hs.HeadstartError(f"the adapter {job.adapter!r} was removed"))
+            job.put(hs.HeadstartError(f"the adapter {job.wish.adapter!r} was removed"))
         return there
 
     def _generate(self, jobs: list[Job]) -> None:
@@ -146,13 +207,12 @@ class Engine:
         mask = torch.tensor([[0] * n + [1] * (width - n) for n in short])
         device = self.model.device
         self.bank.generate(
-            [job.adapter for job in jobs],
+            [job.wish.adapter for job in jobs],
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
-            max_new_tokens=max(job.limit for job in jobs),
-            do_sample=any(job.temperature for job in jobs),
-            temperature=1.0, top_k=0, top_p=1.0,
+            max_new_tokens=max(job.wish.limit for job in jobs),
+            do_sample=False,  # It takes what was drawn.
             pad_token_id=self.pad,
-            logits_processor=LogitsProcessorList([Temperatures(jobs, device)]),
+            logits_processor=LogitsProcessorList([Draws(jobs)]),
             stopping_criteria=StoppingCriteriaList([Readers(jobs, self.tokenizer, width, self.ends)]),
-        )  # fmt: skip
+        )

@@ -13,18 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from headstart.choose.advise import advise
+    from headstart.choose.auto import Auto, auto
     from headstart.choose.compare import compare
     from headstart.choose.estimate import Estimate, estimate
     from headstart.choose.recommendation import Advice
     from headstart.choose.trials.comparison import Comparison
     from headstart.errors import HeadstartError
     from headstart.files.bank import AdapterBank
-    from headstart.files.checkpoint import load, save
     from headstart.files.doctor.anatomy import inspect
     from headstart.files.doctor.examine import doctor
+    from headstart.files.load import load
     from headstart.files.merging.combine import combine
     from headstart.files.merging.stream import merge_checkpoint
     from headstart.files.portable import Export, export
+    from headstart.files.save import save
     from headstart.inits.strategy import Factors, Strategy, register
     from headstart.inits.strategy import names as strategies
     from headstart.lora.adapt import Adapter, adapt, remove
@@ -43,6 +45,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "choose.advise": ("advise",),
+    "choose.auto": ("Auto", "auto"),
     "choose.compare": ("compare",),
     "choose.trials.comparison": ("Comparison",),
     "choose.estimate": ("Estimate", "estimate"),
@@ -50,7 +53,8 @@ _HOMES = {
     "errors": ("HeadstartError",),
     "files.doctor.anatomy": ("inspect",),
     "files.bank": ("AdapterBank",),
-    "files.checkpoint": ("load", "save"),
+    "files.load": ("load",),
+    "files.save": ("save",),
     "files.merging.combine": ("combine",),
     "files.doctor.examine": ("doctor",),
     "files.portable": ("Export", "export"),
@@ -73,6 +77,7 @@ __all__ = [
     "Adapter",
     "AdapterBank",
     "Advice",
+    "Auto",
     "Calibration",
     "Comparison",
     "Estimate",
@@ -87,6 +92,7 @@ __all__ = [
     "Strategy",
     "adapt",
     "advise",
+    "auto",
     "calibrate",
     "combine",
     "compare",

@@ -254,7 +254,7 @@ def anatomy(
 
 
 def _base(name: str | None) -> nn.Module | None:
-    """A base model with its weights, in the dtype that they are stored in."""
+    """A base model to look at, in the dtype that its weights are stored in."""
     if name is None:
         return None
     from headstart.tune.command import quiet
@@ -262,7 +262,7 @@ def _base(name: str | None) -> nn.Module | None:
     quiet()
     from headstart.tune import models
 
-    return models.load(models.find(name))
+    return models.viewed(models.find(name))
 
 
 @app.command()

@@ -9,7 +9,7 @@ import torch
 
 from headstart.errors import UnsupportedLayer
 from headstart.files.adapter import few, read_adapter
-from headstart.files.checkpoint import plan_load
+from headstart.files.load import plan_load
 from headstart.lora.bank import Bank
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,3 +85,8 @@ def read_header(path: Path) -> Header:
     except (TypeError, KeyError, ValueError, OverflowError) as error:
         raise AdapterFormatError(f"the header of {path} describes a tensor without a shape") from error
     return Header(shapes, metadata if isinstance(metadata, dict) else {})
+
+
+def odd_names(names: Iterable[str]) -> list[str]:
+    """The names of tensors that no module has, and that could lead elsewhere if they were taken for paths."""
+    return [name for name in names if re.search(r"[/\\\x00-\x1f]|\.\.|^\.|^$", name)]

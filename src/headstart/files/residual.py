@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from headstart.files.adapter import read_adapter
-from headstart.files.checkpoint import sites_of, target_of
+from headstart.files.load import sites_of, target_of
 from headstart.files.quantized_base import taken_of
 from headstart.lora import matrix, rebase
 

@@ -18,7 +18,7 @@ import peft
 from torch import nn
 
 from headstart.files.adapter import read_adapter
-from headstart.files.checkpoint import plan_load
+from headstart.files.load import plan_load
 from headstart.lora.adapt import check_plain, measured, trained_biases
 from headstart.lora.calibration import Calibration
 from headstart.lora.config import LoraConfig, Target, with_heads

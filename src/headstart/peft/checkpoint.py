@@ -29,7 +29,10 @@ from headstart.files.adapter import (
     scales,
     write_adapter,
 )
-from headstart.files.checkpoint import OUTPUT, check_bases, outputs_scaled, provenance, start_of_entry, target_of
+from headstart.files.bases import check_bases
+from headstart.files.load import start_of_entry, target_of
+from headstart.files.peft_rules import OUTPUT, outputs_scaled
+from headstart.files.save import provenance
 from headstart.lora import matrix, quantized
 from headstart.lora.delta import Branch, plain_lora
 from headstart.lora.layers import Start

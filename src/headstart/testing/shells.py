@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from headstart.files.checkpoint import load, save
+from headstart.files.load import load
+from headstart.files.save import save
 from headstart.lora import adapt as lora
 from headstart.lora.config import LoraConfig
 from headstart.lora.merge import merge, unmerge

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import headstart
-from headstart.errors import BadOption, FileError, Unstreamable
+from headstart.errors import BadOption, Unstreamable
 from headstart.files.folder import write_folder
 from headstart.files.merging.combine import combine
 from headstart.files.merging.stream import CheckpointReport, Progress, merge_checkpoint
@@ -19,9 +19,6 @@ from headstart.tune.models import Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-# Weights in other formats, and what only their programs read.
-_UNREAD = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx*", "original/*", "onnx/*"]
 
 
 def merge(
@@ -53,22 +50,11 @@ def merge(
     paths = [adapters] if isinstance(adapters, str) else list(adapters)
     source = models.unpacked(models.find(base))
     try:
-        return merge_checkpoint(_local(source), paths, out, dtype=dtype, force=force, progress=progress, **mixture)
+        return merge_checkpoint(
+            models.local(source), paths, out, dtype=dtype, force=force, progress=progress, **mixture
+        )
     except Unstreamable as reason:
         return _through_the_model(source, paths, out, dtype, force, str(reason), mixture)
-
-
-def _local(source: Source) -> Path:
-    """The folder of a model; one on the hub is downloaded, if it is not there yet."""
-    if Path(source.place).exists():
-        return Path(source.place)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(source.place, ignore_patterns=_UNREAD))
-    except Exception as problem:
-        reason = str(problem).strip().splitlines()[0]
-        raise FileError(f"no folder {source.place!r}, and the hub gave no such model: {reason}") from problem
 
 
 def _through_the_model(

@@ -13,14 +13,29 @@ from typing import TYPE_CHECKING, Any, cast
 
 from filelock import FileLock
 
-from headstart.errors import FileError
+from headstart.errors import FileError, Unstreamable
 from headstart.files.source import Source, cache_of, find
 from headstart.tune.folder import write_folder
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Source", "config_of", "find", "load", "skeleton", "tokenizer_of", "trained_dtype", "unpacked"]
+__all__ = [
+    "Source",
+    "config_of",
+    "find",
+    "load",
+    "local",
+    "skeleton",
+    "tokenizer_of",
+    "trained_dtype",
+    "unpacked",
+    "viewed",
+]
+
+# Weights in other formats, and what only their programs read.
+_UNREAD = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx*", "original/*", "onnx/*"]
 
 
 def unpacked(source: Source) -> Source:
@@ -83,6 +98,32 @@ def load(source: Source, dtype: str = "auto") -> PreTrainedModel:
     model: PreTrainedModel = _from_pretrained(AutoModelForCausalLM, unpacked(source), dtype=dtype)
     model.name_or_path = model.config._name_or_path = source.name
     return model
+
+
+def local(source: Source) -> Path:
+    """The folder of a model; one on the hub is downloaded, if it is not there yet."""
+    if Path(source.place).exists():
+        return Path(source.place)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source.place, ignore_patterns=_UNREAD))
+    except Exception as problem:
+        reason = str(problem).strip().splitlines()[0]
+        raise FileError(f"no folder {source.place!r}, and the hub gave no such model: {reason}") from problem
+
+
+def viewed(source: Source) -> nn.Module:
+    """The model to look at, not to run: views of its files where they hold it as it is, loaded elsewhere."""
+    from headstart.files.merging.mapped import mapped
+
+    plain = unpacked(source)
+    try:
+        model: Any = mapped(local(plain))
+    except Unstreamable:
+        return load(plain)
+    model.name_or_path = model.config._name_or_path = source.name
+    return cast("nn.Module", model)
 
 
 def trained_dtype(source: Source, dtype: str) -> str:

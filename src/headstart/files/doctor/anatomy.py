@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from headstart.errors import AdapterFormatError, HeadstartError
 from headstart.files.adapter import REPORT
-from headstart.files.doctor.deviation import Block, bare, placed
+from headstart.files.doctor.deviation import Block, Placed, bare, check_values, placed
 from headstart.files.doctor.survey import Layer, Survey, survey
 from headstart.files.header import read_json
 
@@ -95,6 +95,7 @@ def inspect(path: str | Path, base: nn.Module | None = None) -> Anatomy:
 
     Raises:
         AdapterFormatError: if there is no adapter, or its file is damaged.
+        WrongBase: if it was made for another base.
 
     Example:
         >>> inspect("adapter/").layers[0].effective_rank  # doctest: +SKIP
@@ -104,11 +105,14 @@ def inspect(path: str | Path, base: nn.Module | None = None) -> Anatomy:
     if seen.fatal is not None:
         raise AdapterFormatError(f"{seen.fatal.what}: {seen.fatal.repair}")
     layers, unread = [], {fault.what: fault.repair for fault in seen.faults}
+    model, seated = base if seen.dialect.name == "PEFT" else None, dict[str, Placed]()
     for layer in sorted(seen.layers.values(), key=_in_order):
         try:
-            layers.append(_measured(seen, layer, base))
+            seated[layer.path] = bare(seen, layer) if model is None else placed(seen, layer, model)
+            layers.append(_measured(seen, seated[layer.path]))
         except (HeadstartError, RuntimeError, ValueError) as error:
             unread[layer.name] = str(error)
+    check_values(seen, seated)
     numbers = sum(math.prod(seen.tensors[layer.keys[slot]][0]) for layer in seen.layers.values() for slot in "AB")
     made = _made(seen)
     return Anatomy(
@@ -123,8 +127,8 @@ def _in_order(layer: Layer) -> tuple[object, ...]:
     )
 
 
-def _measured(seen: Survey, layer: Layer, base: nn.Module | None) -> LayerAnatomy:
-    there = placed(seen, layer, base) if base is not None and seen.dialect.name == "PEFT" else bare(seen, layer)
+def _measured(seen: Survey, there: Placed) -> LayerAnatomy:
+    layer = there.layer
     spectra = [spectrum(block.B, block.A) for block in there.blocks]
     norms = [float(S.norm()) for S in spectra]
     if not all(map(math.isfinite, norms)):

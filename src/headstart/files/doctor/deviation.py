@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from headstart import linalg
 from headstart.errors import KeyMismatch
 from headstart.files.adapter import AdapterFile, Entry
-from headstart.files.checkpoint import sites_of, target_of
+from headstart.files.bases import check_base
 from headstart.files.doctor.survey import Layer, Survey
+from headstart.files.load import sites_of, target_of
 from headstart.lora import matrix
 from headstart.lora.matrix import Pair
 
@@ -81,6 +82,19 @@ def placed(survey: Survey, layer: Layer, model: nn.Module) -> Placed:
         found.append(Block(W, a.double() * layer.scaling, b.double(), rows))
         done += len(W)
     return Placed(layer, tuple(found))
+
+
+def check_values(seen: Survey, there: Mapping[str, Placed]) -> None:
+    """Our files remember a few elements of their base's weights.
+
+    Raises:
+        WrongBase: if these weights hold others.
+    """
+    # What was sampled is a weight as it is stored, which one block alone still is.
+    weights = {n: p.blocks[0].W for n, p in there.items() if len(p.blocks) == 1 and p.blocks[0].W.numel()}
+    samples = {n: v for n, v in (seen.provenance.get("base") or {}).items() if n in weights and isinstance(v, list)}
+    stored = {n: (lambda W=W: W if W.is_contiguous() else W.T) for n, W in weights.items()}
+    check_base(stored, AdapterFile(seen.file.parent, seen.config, {}, {}, {"base": samples}))
 
 
 def bare(survey: Survey, layer: Layer) -> Placed:

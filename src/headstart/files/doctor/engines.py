@@ -24,14 +24,17 @@ from headstart.files.doctor.traits import (
     not_a_start_of,
     other_rank_than_r,
     other_rank_than_stated,
+    padded,
     query_without_value,
     rank_above,
+    rank_to_pad,
     says,
     some_layers_only,
     starts,
     targets_no_list,
     tensors,
     unaccounted,
+    uneven_kinds,
     without_prefix,
 )
 
@@ -103,9 +106,17 @@ def _one_for_all(survey: Survey, layer: Layer) -> float:
     return float(survey.config["lora_alpha"]) / int(survey.config["r"])
 
 
-def _one_for_all_rs(survey: Survey, layer: Layer) -> float:
-    rank = int(survey.config["r"])
+def _rank_before(survey: Survey, layer: Layer) -> float:
+    """LoRAX writes the padded rank of a kind of layer into the config, from which it scales the next kind."""
+    rank, kind = int(survey.config["r"]), layer.name.rpartition(".")[2]
+    ranks = {x.name.rpartition(".")[2]: x.rank for x in survey.layers.values()}
+    order = sorted(ranks, key=lambda one: _KINDS.index(one) if one in _KINDS else len(_KINDS))
+    if before := order[: order.index(kind)]:
+        rank = padded(ranks[before[-1]])
     return float(survey.config["lora_alpha"]) / (math.sqrt(rank) if survey.config.get("use_rslora") else rank)
+
+
+_KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")  # as LoRAX loads them
 
 
 def _alpha_by_tensor(survey: Survey, layer: Layer) -> float:
@@ -118,7 +129,7 @@ ENGINES = (
     Engine("peft", "PEFT 0.21.2", ("PEFT",), "portable", _own),
     Engine("vllm", "vLLM 0.33", ("PEFT",), "portable", _own),
     Engine("sglang", "SGLang 0.5.23", ("PEFT",), "portable", _one_for_all, ("use_rslora", *_PATTERNS)),
-    Engine("lorax", "LoRAX", ("PEFT",), "portable", _one_for_all_rs, _PATTERNS),
+    Engine("lorax", "LoRAX", ("PEFT",), "portable", _rank_before, _PATTERNS),
     Engine("llama.cpp", "llama.cpp's converter", ("PEFT",), "portable", _alpha_by_tensor, ("use_rslora", *_PATTERNS)),
     Engine("mlx", "mlx-lm 0.32", ("mlx",), "mlx", _own),
     Engine("diffusers", "diffusers 0.42", ("diffusers", "kohya"), "kohya", _own, pictures=True),
@@ -237,6 +248,11 @@ RULES = (
          "{found}", PORTABLE, "lora/lora.py: normalize_qkv_proj"),
     Rule(("sglang",), added_tokens, _LOADS, "{found}: refused where it names tokens beyond the base's vocabulary",
          "remove the file where it adds none", "lora/lora_manager.py: validate_new_adapter"),
+    Rule(("lorax",), rank_to_pad, _DIFFERS, "on a GPU it pads {found} to 8 or a multiple of 16, and scales every kind "
+         "of layer by the padded rank of the kind before", PORTABLE,
+         "server/lorax_server/adapters/lora.py: LoraWeights.load"),
+    Rule(("lorax",), uneven_kinds, _REFUSES, "it stacks the blocks of a kind of layer, and their ranks differ: "
+         "{found}", PORTABLE, "server/lorax_server/adapters/lora.py: LoraWeights.__init__"),
     Rule(("lorax",), some_layers_only, _DIFFERS, "a kind of layer that is not adapted in every block is left out "
          "everywhere: {found}", PORTABLE, "server/lorax_server/adapters/lora.py: LoraWeights.load", Effect.DROPPED),
     Rule(("lorax",), embeddings, _DIFFERS, "embeddings are passed over: {found}", MERGE,

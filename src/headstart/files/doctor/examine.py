@@ -18,9 +18,8 @@ from pathlib import Path
 from torch import nn
 
 from headstart.errors import BadOption, HeadstartError, nearest
-from headstart.files.adapter import AdapterFile, few
-from headstart.files.checkpoint import check_base
-from headstart.files.doctor.deviation import REPEATS, Placed, bare, placed, repetition
+from headstart.files.adapter import few
+from headstart.files.doctor.deviation import REPEATS, Placed, bare, check_values, placed, repetition
 from headstart.files.doctor.diagnosis import Diagnosis, Finding
 from headstart.files.doctor.engines import CHANGED, ENGINES, INITIAL, KEYS, RESTORE, Effect, Verdict
 from headstart.files.doctor.reading import Starts, reading
@@ -104,7 +103,10 @@ def _layers(seen: Survey, base: nn.Module | None, faults: list[Fault]) -> dict[s
         more = f" (and {len(apart) - 1} more)" if len(apart) > 1 else ""
         faults.append(Fault(f"not of this base: {apart[0]}{more}", "pass the base that it was trained on"))
     elif base is not None:
-        _check_values(seen, there, faults)
+        try:
+            check_values(seen, there)
+        except HeadstartError as error:
+            faults.append(Fault(str(error), "pass the base that it was trained on"))
     return there
 
 
@@ -114,18 +116,6 @@ def _is_float(seen: Survey, name: str) -> bool:
 
 def _has_base(there: Placed) -> bool:
     return all(block.W.numel() for block in there.blocks)
-
-
-def _check_values(seen: Survey, there: Mapping[str, Placed], faults: list[Fault]) -> None:
-    """Our files remember a few elements of their base's weights; PEFT's, whole embeddings beside their factors."""
-    # What was sampled is a weight as it is stored, which one block alone still is.
-    weights = {n: p.blocks[0].W for n, p in there.items() if _has_base(p) and len(p.blocks) == 1}
-    samples = {n: v for n, v in (seen.provenance.get("base") or {}).items() if n in weights and isinstance(v, list)}
-    stored = {n: (lambda W=W: W if W.is_contiguous() else W.T) for n, W in weights.items()}
-    try:
-        check_base(stored, AdapterFile(seen.file.parent, seen.config, {}, {}, {"base": samples}))
-    except HeadstartError as error:
-        faults.append(Fault(str(error), "pass the base that it was trained on"))
 
 
 def _hidden_start(seen: Survey, repeats: Mapping[str, float], faults: list[Fault]) -> Finding | None:

@@ -6,7 +6,6 @@ Nothing is executed, pickles are not opened, and no link out of the folder is fo
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 from headstart.errors import AdapterFormatError
 from headstart.files.adapter import CONFIG, SLOTS, TENSORS, few, find_adapter
 from headstart.files.fields import UNSERVED, check_config
-from headstart.files.header import LARGEST_JSON, parse_object, read_header, read_json
+from headstart.files.header import LARGEST_JSON, odd_names, parse_object, read_header, read_json
 
 LARGEST_TENSOR = 8 << 30  # bytes: no factor is larger, and a hole in a file may claim to be
 DEFAULT = 8  # what PEFT takes for r and lora_alpha where a config does not say
@@ -120,8 +119,7 @@ def read_tensors(file: Path, faults: list[Fault]) -> tuple[dict[str, tuple[tuple
         return {}, {}
     if not found:
         faults.append(Fault(f"{file} holds no tensors", again, fatal=True))
-    odd = [name for name in found if re.search(r"[/\\\x00-\x1f]|\.\.|^\.|^$", name)]
-    if odd:
+    if odd := odd_names(found):
         faults.append(Fault(f"names that no module has: {few(odd)}", "do not unpack them into files"))
     huge = [n for n, (shape, dtype) in found.items() if math.prod(shape) * _BYTES.get(dtype, 1) > LARGEST_TENSOR]
     if huge:

@@ -57,6 +57,26 @@ def rank_above(limit: int) -> When:
     )
 
 
+def rank_to_pad(survey: Survey) -> Found:
+    """The ranks that LoRAX's kernels do not have, where more than one kind of layer is adapted."""
+    kinds = {x.name.rpartition(".")[2] for x in survey.layers.values()}
+    ranks = {x.rank for x in survey.layers.values() if padded(x.rank) != x.rank}
+    return [f"rank {rank}" for rank in sorted(ranks)] if len(kinds) > 1 else []
+
+
+def uneven_kinds(survey: Survey) -> Found:
+    """The kinds of layer whose ranks differ from block to block, as LoRAX pads them."""
+    ranks: dict[str, set[int]] = {}
+    for layer in survey.layers.values():
+        ranks.setdefault(layer.name.rpartition(".")[2], set()).add(padded(layer.rank))
+    return [kind for kind, found in ranks.items() if len(found) > 1]
+
+
+def padded(rank: int) -> int:
+    """The next rank that LoRAX's kernels have: 8, or a multiple of 16."""
+    return 8 if rank <= 8 else -(-rank // 16) * 16
+
+
 def lacks(*fields: str) -> When:
     return lambda survey: [name for name in fields if survey.raw.get(name) is None] if survey.raw else []
 

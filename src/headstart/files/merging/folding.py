@@ -68,7 +68,7 @@ class LowRank(_Rounded):
     pieces: Sequence[Piece]
 
     def wanted(self, W: Tensor, rows: Rows) -> Tensor:
-        new = W.double()
+        new = W.to(torch.float64, copy=True)
         for piece, part in self._within(new, rows):
             part.addmm_(piece.left.double(), piece.right.double())
         return new

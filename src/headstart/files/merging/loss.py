@@ -62,6 +62,24 @@ class CheckpointReport(MergeReport):
         return f"{said}: --dtype bfloat16 writes floats; or serve the adapter unmerged on the quantised base"
 
 
+Loss = tuple[float, float]  # Σ‖W′ − (W + Δ)‖², Σ‖Δ‖²
+
+
+def measure(change: Change, W: Tensor, new: Tensor, rows: Rows, some: Sequence[Rows]) -> Loss:
+    """What rounding did to some of the rows.
+
+    Args:
+        W, new: before and after; rows: of the parameter; some: ranges of them, counted from the first.
+    """
+    error = update = 0.0
+    for start, stop in some:
+        old = W[start:stop]
+        exact = change.wanted(old, (rows[0] + start, rows[0] + stop))
+        error += float((new[start:stop].double() - exact).square().sum())
+        update += float((exact - old.double()).square().sum())
+    return error, update
+
+
 class Losses:
     """The sums behind a report, while a checkpoint is written."""
 
@@ -70,18 +88,11 @@ class Losses:
         self.dropped: dict[str, float] = {}
         self.kinds: Counter[str] = Counter()
 
-    def measure(self, label: str, change: Change, W: Tensor, new: Tensor, rows: Rows, some: Sequence[Rows]) -> None:
-        """Enter what rounding did to some of the rows.
-
-        Args:
-            W, new: before and after; rows: of the parameter; some: ranges of them, counted from the first.
-        """
-        found = self.sums.setdefault(label, [0.0, 0.0])
-        for start, stop in some:
-            old = W[start:stop]
-            exact = change.wanted(old, (rows[0] + start, rows[0] + stop))
-            found[0] += float((new[start:stop].double() - exact).square().sum())
-            found[1] += float((exact - old.double()).square().sum())
+    def enter(self, label: str, found: Loss) -> None:
+        """Add what `measure` found."""
+        sums = self.sums.setdefault(label, [0.0, 0.0])
+        sums[0] += found[0]
+        sums[1] += found[1]
 
     def drop(self, label: str, share: float) -> None:
         """Enter what a rank cut off."""

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from headstart.errors import BadOption, KeyMismatch, Unstreamable
 from headstart.files import quantized_base
 from headstart.files.adapter import AdapterFile
-from headstart.files.checkpoint import check_bases, plan_load, sites_of
+from headstart.files.bases import check_bases
+from headstart.files.load import plan_load, sites_of
 from headstart.files.merging.folding import Change, Mixture, Read, Replaced, Rows, change_of, columns_of
 from headstart.files.merging.packed import Packed, packed_weights
 from headstart.files.merging.shards import Checkpoint, Stored

@@ -7,16 +7,18 @@ it. What is written goes to the disk while the rest is computed.
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import BinaryIO
 
+import torch
 from torch import Tensor
 
 from headstart.errors import FileError
-from headstart.files.merging.shards import Stored, memory_of
+from headstart.files.merging.shards import NAMES, Stored, memory_of
 
 SENT = 64 << 20  # Bytes after which the disk is told to take them.
 
@@ -45,12 +47,16 @@ class ShardWriter:
     def __exit__(self, failed: object, *error: object) -> None:
         self.disk.submit(self.file.close)
 
-    def add(self, key: str, kind: str, shape: tuple[int, ...], parts: Iterator[Tensor]) -> None:
-        """A tensor whose rows come in parts."""
-        start = self.offset
-        for part in parts:
-            self._put(memory_of(part))
-        self._name(key, kind, shape, start)
+    def put(self, part: Tensor) -> None:
+        """Some rows of a tensor, after those that were put before."""
+        memory = memory_of(part)
+        self._write(memory)
+        self.offset += len(memory)
+        self._send(len(memory))
+
+    def name(self, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        """Say what was put last: all of a tensor."""
+        self._name(key, NAMES[dtype], shape, self.offset - math.prod(shape) * dtype.itemsize)
 
     def copy(self, tensors: list[Stored]) -> None:
         """Tensors that lie one after the other in one file, bit by bit."""
@@ -72,15 +78,10 @@ class ShardWriter:
             raise AssertionError(f"{len(text)} bytes of header and room for {self.room}")
         self.file.seek(0)
         self._write(memoryview(self.room.to_bytes(8, "little") + text.ljust(self.room)))
-        self.waiting.append(self.disk.submit(os.fsync, self.file.fileno()))
+        self.waiting += [self.disk.submit(os.fsync, self.file.fileno()), self.disk.submit(self.file.close)]
 
     def _name(self, key: str, kind: str, shape: tuple[int, ...], start: int) -> None:
         self.header[key] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, self.offset]}
-
-    def _put(self, memory: memoryview) -> None:
-        self._write(memory)
-        self.offset += len(memory)
-        self._send(len(memory))
 
     def _send(self, size: int) -> None:
         """Let the disk begin, and wait where it is far behind: what it has not taken yet stands in memory."""

@@ -15,7 +15,7 @@ import torch
 
 from headstart.errors import NotPortable
 from headstart.files.adapter import Entry, scales, write_adapter
-from headstart.files.checkpoint import OUTPUT
+from headstart.files.peft_rules import OUTPUT
 from headstart.files.portable.change import DTYPES, Change, shortest, stored
 from headstart.files.portable.parcel import Parcel, refuse_groups
 

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from headstart.errors import BadOption, KeyMismatch, NotPortable
 from headstart.files.adapter import AdapterFile, Entry, few, read_adapter
-from headstart.files.checkpoint import OUTPUT, outputs_scaled, plan_load
 from headstart.files.fields import is_mutating
+from headstart.files.header import odd_names
+from headstart.files.load import plan_load
+from headstart.files.peft_rules import OUTPUT, outputs_scaled
 from headstart.files.portable.change import Change
 from headstart.files.portable.start import changes_of
 
@@ -48,6 +50,8 @@ def open_parcel(adapter: str | Path, base: nn.Module | None = None, initial: str
         AdapterFormatError, KeyMismatch, WrongBase, NoTarget: as `headstart.load` does.
     """
     file = read_adapter(adapter, mutated=True)
+    if odd := odd_names(file.entries):
+        raise KeyMismatch(f"{file.folder} holds names that no module has: {few(odd)}")
     if file.provenance.get("quantized"):
         raise NotPortable(
             f"{file.folder} makes up for what quantising its base lost, and says nothing about the float weights: load "
@@ -74,6 +78,8 @@ def open_parcel(adapter: str | Path, base: nn.Module | None = None, initial: str
 def needs_values(adapter: str | Path) -> bool:
     """Whether the base's weights are wanted, and not its shapes alone."""
     file = read_adapter(adapter, mutated=True)
+    if odd := odd_names(file.entries):
+        raise KeyMismatch(f"{file.folder} holds names that no module has: {few(odd)}")
     return is_mutating(file.config, bool(file.provenance)) or any(name.endswith(COPY) for name in file.extras)
 
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from headstart.errors import NotPortable, WrongBase
 from headstart.files.adapter import AdapterFile
-from headstart.files.checkpoint import sites_of
 from headstart.files.doctor.deviation import REPEATS, Block, repetition, started
+from headstart.files.load import sites_of
 from headstart.files.portable.change import Change
 from headstart.lora import matrix
 

@@ -1,0 +1,30 @@
+"""What PEFT reads otherwise than one would think."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from headstart.files.adapter import Entry
+
+OUTPUT = ".base_layer.out_proj"  # of an attention
+
+
+def outputs_scaled(entries: Mapping[str, Entry], attentions: Iterable[str], factor: float) -> list[Entry]:
+    """PEFT adds the change of an attention's output projection twice, at its attention's scale: files hold half of it.
+
+    Args:
+        attentions: paths of the adapted attentions; factor: 0.5 for what is written, 2 for what was read.
+    """
+    found = dict(entries)
+    for path in attentions:
+        inner = f"{path}{OUTPUT}"
+        if inner in found:
+            rank, alpha = found[path].rank, found[path].alpha
+            found[inner] = replace(found[inner], B=factor * found[inner].B, rank=rank, alpha=alpha)
+    return list(found.values())
+
+
+def ending_in(ends: Iterable[str], names: Iterable[str]) -> list[str]:
+    """The modules that PEFT means by modules_to_save: it goes by the end of a name, dot or no dot."""
+    return [name for name in names if name and name.endswith(tuple(ends))]
