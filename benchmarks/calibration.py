@@ -1,14 +1,18 @@
-"""Starts that look at data, beside PEFT's: SmolLM2-135M in float32, batches of 4 × 256 tokens, r = 8 on every Linear.
+"""Starts that look at data, beside PEFT's: float32, 32 batches of 4 × 256 tokens, r = 8 on every Linear.
 
-What a start costs is held against the bare forward passes over the same batches. PEFT's CorDA takes one row at a time
-and gets the same tokens as 1 × 1024; its EVA goes through the data until its directions rest, here after two batches.
+What a start costs is held against the bare forward passes over the same batches, and its memory against those, or,
+where gradients are asked for, against the training step of a plain LoRA on the same layers. Three batches are run; the
+others are counted at what the median of those took after the first. PEFT's CorDA takes one row at a time and gets the
+same tokens as 1 × 1024; its EVA goes through the data until its directions rest, here after two rows.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import peft
 import torch
@@ -21,34 +25,80 @@ from benchmarks.subjects import config, models, peft_config
 sys.modules.setdefault("attr", dataclasses)  # type: ignore[arg-type]  # PEFT's CorDA imports it undeclared.
 RANK = 8
 STARTS = ("eva", "corda", "lora_ga", "lora_one")
-Batches = list[dict[str, Tensor]]
+Batch = dict[str, Tensor]
+Batches = list[Batch]
+Work = Callable[[Iterable[Batch]], object]
 
 
 def rows(scale: Scale) -> Iterator[Row]:
-    *_, (name, make) = models(scale)
-    count, tokens = {"full": (8, (4, 256)), "quick": (2, (2, 64)), "toy": (2, (1, 16))}[scale]
-    base = make(torch.float32)
-    size = sum(p.numel() * p.element_size() for p in base.parameters()) / 1e6
-    data = _data(base, count, tokens)
-    work = f"{name}, {count} batches of {tokens[0]} × {tokens[1]}"
-    bare = in_child(lambda: lambda: _forwards(base, data))
-    frozen = in_child(lambda: lambda: _backwards(base, data))
+    for name, make in models(scale):
+        base = make(torch.float32)
+        count, run, tokens = {"full": (32, 3, (4, 256)), "quick": (8, 3, (2, 64)), "toy": (4, 2, (1, 16))}[scale]
+        yield from _starts(base, name, _Pass(_data(base, run, tokens), count))
 
-    ours = {init: in_child(_ours(base, data, init)) for init in STARTS}
-    eva = in_child(
-        _peft_eva(base, [{name: rows[: max(1, tokens[0] // 2)] for name, rows in batch.items()} for batch in data[:2]])
-    )
-    share = eva if eva.cpu is None else dataclasses.replace(eva, cpu=eva.cpu * count)  # Half of each of two batches.
-    yield _beside(f"EVA, {work}", ours["eva"], share, bare, 1.5, note="PEFT's, by the token that it read")
-    yield _beside(f"CorDA, {work}", ours["corda"], in_child(_peft_corda(base, data)), bare, 2.0, 0.5 * size)
-    theirs = in_child(_peft_lora_ga(base, data))
+
+def _starts(base: nn.Module, name: str, given: _Pass) -> Iterator[Row]:
+    size = sum(p.numel() * p.element_size() for p in base.parameters()) / 1e6
+    work = f"{name}, {given.count} batches of {given.shape[0]} × {given.shape[1]}"
+    bare = given.cost(lambda data: _forwards(base, data))
+    step = in_child(_step(base, given.batches[0]))
+    ours = {init: given.cost(_ours(base, init)) for init in STARTS}
+
+    eva = _peft_eva(base, given) if name.startswith("SmolLM2") else Cost()
+    note = "PEFT's, by the token that it read" if eva.cpu else ""
+    yield _beside(f"EVA, {work}", ours["eva"], eva, bare, 1.5, note=note)
+    yield _beside(f"CorDA, {work}", ours["corda"], given.cost(_peft_corda(base)), bare, 2.0, 0.5 * size)
+    theirs = given.cost(_peft_lora_ga(base))
     for init in ("lora_ga", "lora_one"):
-        yield _beside(f"{init} beside LoRA-GA, {work}", ours[init], theirs, None, 0.85, 0.2 * size, frozen)
-    together = in_child(_together(base, data))
+        yield _beside(f"{init} beside LoRA-GA, {work}", ours[init], theirs, None, 0.85, 0.2 * size, step)
+    together = given.cost(_together(base))
     dearest = max(ours.values(), key=lambda cost: cost.cpu or 0.0)
-    note = "both headstart's"
-    yield row(f"EVA, CorDA, LoRA-GA and LoRA-One from one pass, beside the dearest, {work}", together, dearest,
-              Target(time=1.5), note)  # fmt: skip
+    yield row(
+        f"EVA, CorDA, LoRA-GA and LoRA-One from one pass, beside the dearest, {work}",
+        together,
+        dearest,
+        Target(time=1.5),
+        "both headstart's",
+    )
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Batches of which some are run, and the others counted at what the median of those took.
+
+    Attributes:
+        batches: that are run, more than one. count: that the cost is told for.
+    """
+
+    batches: Batches
+    count: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.batches[0]["input_ids"].shape
+        return rows, columns
+
+    def cost(self, work: Work) -> Cost:
+        """Of work on all of them. The first is not counted on: it meets cold caches and empty statistics."""
+        # Shared, because a child writes it.
+        seconds = torch.zeros(len(self.batches) + 1, dtype=torch.float64).share_memory_()
+        cost = in_child(lambda: lambda: work(_Watched(self.batches, seconds)))
+        each = float(seconds.diff()[1:].median())
+        return dataclasses.replace(cost, cpu=(cost.cpu or 0.0) + (self.count - len(self.batches)) * each)
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """Batches that note when each is asked for."""
+
+    batches: Batches
+    seconds: Tensor
+
+    def __iter__(self) -> Iterator[Batch]:
+        for i, batch in enumerate(self.batches):
+            self.seconds[i] = time.process_time()
+            yield batch
+        self.seconds[len(self.batches)] = time.process_time()
 
 
 def _beside(
@@ -66,9 +116,10 @@ def _beside(
     The memory is what comes on top of the adapter that stays, and of what the passes themselves take.
     """
     also: dict[str, bool] = {}
-    if bare is not None and bare.cpu and ours.cpu and peer.cpu:
+    if bare is not None and bare.cpu and ours.cpu:
         also[f"{ours.cpu / bare.cpu:.2f}× the forwards ≤ {limit}"] = ours.cpu <= limit * bare.cpu
-        note = f"{note + '; ' if note else ''}PEFT {peer.cpu / bare.cpu:.1f}× the forwards"
+        theirs = f"PEFT {peer.cpu / bare.cpu:.1f}× the forwards" if peer.cpu else ""
+        note = "; ".join(filter(None, [note, theirs]))
     passes = passes or bare
     if memory is not None and None not in (ours.peak, ours.kept) and passes is not None and passes.peak is not None:
         more = max(0.0, (ours.peak or 0.0) - (ours.kept or 0.0) - passes.peak)
@@ -87,49 +138,53 @@ def _data(model: nn.Module, count: int, tokens: tuple[int, int]) -> Batches:
 
 
 @torch.no_grad()
-def _forwards(model: nn.Module, data: Batches) -> None:
+def _forwards(model: nn.Module, data: Iterable[Batch]) -> None:
     for batch in data:
         model(input_ids=batch["input_ids"], use_cache=False)
 
 
-def _backwards(model: nn.Module, data: Batches) -> None:
-    """Forward and backward through frozen weights: what a gradient pass takes at the least."""
-    model.requires_grad_(False)
-    for batch in data:
-        embedded = model.get_input_embeddings()(batch["input_ids"]).requires_grad_()  # type: ignore[operator]
-        model(inputs_embeds=embedded, labels=batch["labels"], use_cache=False).loss.backward()
+def _step(base: nn.Module, batch: Batch) -> Arm:
+    """The training step of a plain LoRA: what whoever trains the adapter has the memory for."""
 
-
-def _ours(base: nn.Module, data: Batches, init: str) -> Arm:
     def arm() -> Call:
-        return lambda: hs.adapt(base, config(init=init, r=RANK), data=data)
+        hs.adapt(base, config(r=RANK))
+        return lambda: base.train()(**batch, use_cache=False).loss.backward()
 
     return arm
 
 
-def _together(base: nn.Module, data: Batches) -> Arm:
-    def work() -> None:
+def _ours(base: nn.Module, init: str) -> Work:
+    return lambda data: hs.adapt(base, config(init=init, r=RANK), data=data)
+
+
+def _together(base: nn.Module) -> Work:
+    def work(data: Iterable[Batch]) -> None:
         configs = [config(init=init, r=RANK) for init in STARTS]
         found = hs.calibrate(base, configs, data)
         for chosen in configs:
             hs.adapt(base, chosen, calibration=found)
             hs.remove(base)
 
-    return lambda: work
+    return work
 
 
-def _peft_eva(base: nn.Module, data: Batches) -> Arm:
+def _peft_eva(base: nn.Module, given: _Pass) -> Cost:
+    """Two batches of one row each: it goes through the data until its directions rest, at half a minute a batch."""
+    parts = [{name: rows[:1] for name, rows in batch.items()} for batch in given.batches[:2]]
+
     def work() -> None:
-        given = [{**batch, "attention_mask": torch.ones_like(batch["input_ids"])} for batch in data]
+        data = [{**batch, "attention_mask": torch.ones_like(batch["input_ids"])} for batch in parts]
         eva = peft.EvaConfig(rho=1.0, tau=1e-9)  # The directions may rest after two batches.
         model = peft.get_peft_model(base, peft_config("eva", RANK, eva_config=eva), low_cpu_mem_usage=True)
-        peft.initialize_lora_eva_weights(model, given, show_progress_bar=False)
+        peft.initialize_lora_eva_weights(model, data, show_progress_bar=False)
 
-    return lambda: work
+    cost = in_child(lambda: work)
+    share = given.count * given.shape[0] / len(parts)
+    return dataclasses.replace(cost, cpu=(cost.cpu or 0.0) * share)
 
 
-def _peft_corda(base: nn.Module, data: Batches) -> Arm:
-    def work() -> None:
+def _peft_corda(base: nn.Module) -> Work:
+    def work(data: Iterable[Batch]) -> None:
         from peft.tuners.lora.config import CordaConfig
         from peft.tuners.lora.corda import preprocess_corda
 
@@ -142,11 +197,11 @@ def _peft_corda(base: nn.Module, data: Batches) -> Arm:
         preprocess_corda(base, chosen, run_model=run)
         peft.get_peft_model(base, chosen)
 
-    return lambda: work
+    return work
 
 
-def _peft_lora_ga(base: nn.Module, data: Batches) -> Arm:
-    def work() -> None:
+def _peft_lora_ga(base: nn.Module) -> Work:
+    def work(data: Iterable[Batch]) -> None:
         from peft.tuners.lora.config import LoraGAConfig
         from peft.tuners.lora.loraga import preprocess_loraga
 
@@ -158,4 +213,4 @@ def _peft_lora_ga(base: nn.Module, data: Batches) -> Arm:
         preprocess_loraga(base, chosen, step)
         peft.get_peft_model(base, chosen)
 
-    return lambda: work
+    return work

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import headstart as hs
-from benchmarks.measure import Arm, Call, Cost, Row, Scale, Target, fresh_process, interleaved, measure, row
+from benchmarks.measure import Arm, Call, Cost, Row, Scale, Target, fresh_processes, interleaved, measure, row
 from benchmarks.subjects import attach_ours, attach_peft, config, models, peft_config, trained
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -184,15 +184,20 @@ def _changed(weights: dict[str, Tensor], after: dict[str, Tensor]) -> float:
 
 
 def _imports(repeats: int) -> Iterator[Row]:
-    def python(code: str) -> Cost:
-        return Cost(fresh_process([sys.executable, "-c", code], repeats))
+    code = {
+        "torch": "import torch",
+        "ours": "import headstart; headstart.adapt",  # What is imported when used is used.
+        "help": "import sys; sys.argv = ['headstart', '--help']; from headstart.cli import main; main()",
+    }
 
-    torch_alone = python("import torch")
-    ours = python("import headstart; headstart.adapt")  # What is imported when used is used.
+    def processes(code: dict[str, str], repeats: int) -> dict[str, Cost]:
+        seconds = fresh_processes({name: [sys.executable, "-c", line] for name, line in code.items()}, repeats)
+        return {name: Cost(taken) for name, taken in seconds.items()}
+
+    costs = processes(code, 2 * repeats)
+    theirs = processes({"peft": "import peft"}, max(1, repeats // 3))["peft"]
     note = "a whole process, the interpreter's start included"
-    yield row("import headstart, beside import torch", ours, torch_alone, Target(time=1.1), note)
-    yield row("import headstart, beside import peft", ours, python("import peft"), Target(time=1), note)
-    call = "import sys; sys.argv = ['headstart', '--help']; from headstart.cli import main; main()"
-    shown = python(call)
-    target = Target(also={"under 0.3 s": (shown.cpu or 0) < 0.3})
-    yield row("headstart --help, beside import torch", shown, torch_alone, target, note)
+    yield row("import headstart, beside import torch", costs["ours"], costs["torch"], Target(time=1.1), note)
+    yield row("import headstart, beside import peft", costs["ours"], theirs, Target(time=1), note)
+    target = Target(also={"under 0.3 s": (costs["help"].cpu or 0) < 0.3})
+    yield row("headstart --help, beside import torch", costs["help"], costs["torch"], target, note)

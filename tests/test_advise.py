@@ -12,19 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 import headstart as hs
 from headstart.choose import costs
 from headstart.choose.advise import advise, advised, answering, excluded
-from headstart.choose.facts import CONDITIONS, ENGINES, PROPERTIES, Facts
-from headstart.choose.fitting import SHARE
+from headstart.choose.compare import _configs
+from headstart.choose.facts import CONDITIONS, ENGINES, PROPERTIES, SHARE, Facts
 from headstart.choose.outlines import outline_of
 from headstart.choose.rate import RATIOS, rate_of
 from headstart.choose.recommendation import Advice
 from headstart.choose.rules import EXCLUSIONS, RULES, TUNED, Exclusion, Rule
 from headstart.choose.samples import Sample, look
 from headstart.choose.setting import Setting
-from headstart.errors import BadOption, BadRank, DataError, FileError, HeadstartError, UnknownField
+from headstart.errors import BadOption, BadRank, CalibrationError, DataError, FileError, HeadstartError, UnknownField
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 2,
@@ -42,6 +44,31 @@ MIXTURE = {
 }  # fmt: skip
 SOME = Sample("some.jsonl", 5000, 300.0, 400)
 FEW = Sample("few.jsonl", 200, 100.0, 150)
+
+
+class Convolutions(nn.Module):
+    """Three of them, and a small head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sides = (1, 32, 64, 128)
+        self.convs = nn.ModuleList(nn.Conv2d(n, m, 3, padding=1) for n, m in itertools.pairwise(sides))
+        self.head = nn.Linear(128, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv in self.convs:
+            x = conv(x).relu()
+        return self.head(x.mean(dim=(2, 3)))  # type: ignore[no-any-return]
+
+
+def small_decoder() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=128,
+        tie_word_embeddings=True, use_cache=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config)  # type: ignore[no-any-return]
 
 
 def grid() -> Iterator[Facts]:
@@ -63,6 +90,13 @@ def grid() -> Iterator[Facts]:
             setting = Setting(r=r)
             yield Facts(outline, setting, data=SOME, steps=100, trainable=trainable, rank_given=True, serve=serve)
             yield Facts(outline, setting, data=None, steps=5000, trainable=trainable, rank_given=True, serve=serve)
+    for model in (small_decoder(), Convolutions()):
+        outline = outline_of(model)
+        names = [m.name for m in outline.matrices]
+        for memory, data, preserve in itertools.product((None, 10**9), (None, SOME, FEW), (False, True)):
+            yield Facts(outline, Setting(target_modules=names), memory, data=data, steps=100, preserve=preserve)
+    # The second moments of a wide layer's inputs take more than its gradient does.
+    yield Facts(outline_of(LARGE), memory=2 * 10**11, data=SOME, steps=100, trainable=1000)
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +106,83 @@ def cases() -> list[tuple[Facts, frozenset[str]]]:
     for facts in grid():
         found.append((facts, frozenset(name for name, holds in CONDITIONS.items() if holds(facts))))
     return found
+
+
+# --- auto
+
+
+@pytest.fixture
+def digits() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    labels = [torch.randint(5, (16,), generator=generator) for _ in range(18)]
+    return [(torch.randn(16, 1, 8, 8, generator=generator) + y[:, None, None, None], y) for y in labels]
+
+
+def label_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def test_auto_chooses_installs_and_finds_the_rate(digits: list[tuple[Tensor, Tensor]]) -> None:
+    torch.manual_seed(0)
+    model = Convolutions()
+    before = label_loss(model, digits[0]).item()
+    found = hs.auto(model, digits, loss=label_loss, steps=40, exclude_modules=["head"])
+    trained, _ = found.adapter.count()
+    base = sum(p.numel() for p in Convolutions().parameters())
+    assert found.config.init_lora_weights == "kfac"
+    assert set(found.adapter.layers()) == {"convs.1", "convs.2"}  # nine numbers wide, the first has no room
+    assert 0.015 * base < trained <= SHARE * base
+    assert label_loss(model, digits[0]).item() == pytest.approx(before, rel=1e-5)  # a core of zeros
+    assert (found.steps, set(found.seconds)) == (8 + 20, {"advice", "start", "rate"})
+    assert "3 trials of 6 steps" in found.rate.reason
+    for word in ("kfac", "because", "cost", "28 training steps", found.rate.reason):
+        assert word in str(found)
+    optimizer = torch.optim.AdamW(found.adapter.parameters(), lr=found.rate)
+    for batch in digits:
+        loss = label_loss(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert label_loss(model, digits[0]).item() < before
+
+
+def test_auto_leaves_the_model_as_it_was_where_it_fails(digits: list[tuple[Tensor, Tensor]]) -> None:
+    model = Convolutions()
+    names = [name for name, _ in model.named_modules()]
+
+    def spoilt(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        trial = any("lora_" in name for name, _ in model.named_parameters())
+        return label_loss(model, batch) * (math.nan if trial else 1.0)
+
+    with pytest.raises(CalibrationError, match="not finite"):
+        hs.auto(model, digits, loss=spoilt, steps=40)
+    assert [name for name, _ in model.named_modules()] == names
+    with pytest.raises(BadOption, match="iterable of batches"):
+        hs.auto(model, "data.jsonl")
+    with pytest.raises(BadOption, match="no batch"):
+        hs.auto(model, [], loss=label_loss)
+
+
+def test_auto_where_plain_ranks_fit_takes_the_table_s_next_answer() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1024, 1024), nn.Tanh(), nn.Linear(1024, 1024))
+    batches = [torch.randn(64, 1024) for _ in range(10)]
+    found = hs.auto(model, batches, loss=lambda model, x: model(x).square().mean(), steps=50, trials=0)
+    assert (found.config.init_lora_weights, found.config.r) == ("lora_one", 8)
+    assert found.rate == found.adapter.learning_rate()
+    hs.remove(model)
+    found = hs.auto(model, batches, loss=lambda model, x: model(x).square().mean(), steps=50, trials=0, sweep=8)
+    assert (found.config.init_lora_weights, found.steps) == ("kaiming", 0)
+
+
+def test_compare_takes_auto_as_an_arm_and_a_list_of_arms(digits: list[tuple[Tensor, Tensor]]) -> None:
+    torch.manual_seed(0)
+    arms: dict[str, Any] = {"plain": hs.LoraConfig(r=4, target_modules=["1", "2"]), "auto": "auto"}
+    configs = _configs(Convolutions(), {**arms}, 20)
+    assert configs["auto"] == advise(Convolutions(), SOME, steps=20, timed=False).best.lora_config(clip_rank=True)
+    assert list(_configs(nn.Sequential(nn.Linear(8, 8)), ["kaiming", "pissa"], 20)) == ["kaiming", "pissa"]
+    with pytest.raises(BadOption, match="at least two names"):
+        _configs(Convolutions(), ["kaiming", "kaiming"], 20)
 
 
 # --- the table
@@ -173,7 +284,10 @@ def test_what_is_ranked_first() -> None:
     assert ranked(data=SOME, steps=100, preserve=True)[:3] == ["lora_null", "kaiming", "sc_lora"]
     assert ranked(data=SOME, steps=5000, quantised=True)[0] == "qpissa"
     assert "qpissa" not in ranked(data=SOME, steps=5000, quantised=True, serve="vllm")
-    assert ranked(data=SOME, trainable=1000)[0] == "lora_sb"
+    assert ranked(data=SOME, trainable=1000)[:2] == ["kfac", "lora_sb"]
+    assert ranked(data=SOME, trainable=1000, preserve=True)[0] == "lora_null"
+    assert ranked(data=SOME, steps=100, trainable=1000, r=4)[0] == "kfac"
+    assert ranked(data=SOME, steps=100, trainable=10**9, r=4)[0] == "lora_one"
     assert "lora_one" not in ranked(data=SOME, steps=100, r=128)
     assert "pissa" not in ranked(steps=100, r=512, serve="vllm")
 
@@ -419,9 +533,33 @@ def test_auto_asks_nothing_that_the_config_settles(checkpoint: Path, tmp_path: P
     from headstart.tune.recipe import resolve
 
     fields = {"model": str(checkpoint), "data": "stdlib", "init": "auto", "epochs": 20, "learning_rate": 3e-3}
-    chosen = followed(resolve({**fields, "target_modules": ["q_proj"], "use_rslora": False, "dtype": "float32"}))
+    small = followed(resolve({**fields, "dtype": "float32"}))
+    assert small.init == "kfac"  # eight ranks of plain LoRA are more than a fiftieth of so small a model
+    chosen = followed(
+        resolve({**fields, "r": 2, "target_modules": ["q_proj"], "use_rslora": False, "dtype": "float32"})
+    )
     assert chosen.init == "kaiming"  # twenty passes are no short run
     assert (chosen.learning_rate, chosen.target_modules, chosen.use_rslora) == (3e-3, ["q_proj"], False)
+
+
+def test_a_small_model_s_run_trains_cores(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("peft", "trl"):
+        pytest.importorskip(name)
+    import datasets
+
+    from headstart.tune.recipe import resolve
+    from headstart.tune.train import run
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    data = tmp_path / "sums.jsonl"
+    rows = [{"prompt": f"{i} and {i + 1} is", "completion": f" {2 * i + 1}"} for i in range(60)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = {"model": str(checkpoint), "data": str(data), "init": "auto", "steps": 2, "batch_size": 4, "rate_steps": 0}
+    said: list[str] = []
+    run(resolve({**fields, "max_length": 64, "dtype": "float32", "output": str(tmp_path / "run")}), said.append)
+    assert any("headstart advise chose kfac" in line for line in said)
+    share = next(line for line in said if "trainable%" in line).rpartition(" ")[2]
+    assert 0 < float(share) <= 100 * SHARE
 
 
 def test_the_rule_is_a_plain_record() -> None:

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from headstart.lora import branch
-from headstart.lora.branch import add_branch, linear
+from headstart.lora.branch import add_branch, linear, product
 
 # Norm of the error over the norm of the value: a few roundings of each dtype.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
@@ -596,9 +595,9 @@ def test_inference_mode_runs_every_kind(device):
 @pytest.fixture(params=[True, False], ids=["emulated", "native"])
 def small_tiles(request, monkeypatch):
     """Both routes of the large product on any CPU, with tiles that do not divide the shapes."""
-    monkeypatch.setattr(branch, "_emulated", lambda dtype: request.param and dtype.itemsize == 2)
-    monkeypatch.setattr(branch, "TOKENS", 32)
-    monkeypatch.setattr(branch, "ROWS", 7)
+    monkeypatch.setattr(product, "_emulated", lambda dtype: request.param and dtype.itemsize == 2)
+    monkeypatch.setattr(product, "TOKENS", 32)
+    monkeypatch.setattr(product, "ROWS", 7)
 
 
 @pytest.mark.usefixtures("small_tiles")

@@ -30,7 +30,7 @@ from headstart.errors import (
 from headstart.inits.strategy import Factors, Strategy
 from headstart.statistics import GradientSpectrum, GradientSum, InputSpectrum, Moments, Squares
 
-ALL = ["eva", "corda", "tara", "sc_lora", "lora_null", "lora_ga", "lora_one", "lora_sb", "lora_da", "gora"]
+ALL = ["eva", "corda", "tara", "sc_lora", "lora_null", "lora_ga", "lora_one", "lora_sb", "kfac", "lora_da", "gora"]
 READ_WEIGHT = [name for name in ALL if inits.get(name)[0].reads_weight]
 READ_INPUTS = [name for name in ALL if "inputs" in inits.get(name)[0].needs]
 READ_GRADIENT = [name for name in ALL if "gradient" in inits.get(name)[0].needs]
@@ -669,6 +669,22 @@ def test_lora_sb_is_adams_first_step(shape: tuple[int, int], scaling: float) -> 
     for gram in (factors.A @ factors.A.T, factors.B.T @ factors.B):
         torch.testing.assert_close(gram, torch.eye(RANK), atol=1e-5, rtol=0)
     assert factors.frozen == {"A", "B"}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kfac_spans_the_main_directions_of_both_sides(shape: tuple[int, int]) -> None:
+    given = layer(*shape)
+    factors = start("kfac", given)
+    for found, seen in ((factors.A.T, given.X), (factors.B, given.D)):
+        _, S, Vt = np.linalg.svd(dense(seen), full_matrices=False)
+        assert_same_space(dense(found), Vt[:RANK].T, 1e-4 if max(shape) < 100 else 2e-3)
+        torch.testing.assert_close(found.T @ found, torch.eye(RANK), atol=1e-5, rtol=0)
+        held = float((S[:RANK] ** 2).sum() / (S**2).sum())
+        assert factors.facts["inputs_held" if seen is given.X else "gradients_held"] == pytest.approx(held, rel=1e-3)
+    assert factors.frozen == {"A", "B"}
+    assert factors.core is not None
+    assert factors.core.shape == (RANK, RANK)
+    assert not factors.core.any()
 
 
 def test_lora_sb_takes_no_direction_from_where_the_gradient_is_zero() -> None:

@@ -562,7 +562,16 @@ def test_lr_auto_is_searched_on_the_data_and_written_down(recipe: Any) -> None:
     assert isinstance(found.learning_rate, float)
     assert found.advice in said
     assert "plain LoRA" in str(found.advice)
-    assert "best length of AdamW's first step" in str(found.advice)
+    assert "3 trials of 6 steps" in str(found.advice)
+    assert "cost 20 training steps" in str(found.advice)
+
+
+def test_lr_auto_without_trials_is_the_prediction(recipe: Any) -> None:
+    said: list[str] = []
+    run(recipe(init="pissa", learning_rate="auto", rate_steps=0, steps=2), said.append)
+    found = next(line for line in said if line.startswith("rate "))
+    assert "trials" not in found
+    assert "guessed from the layers' width" in found
 
 
 def test_lr_auto_is_for_adamw(recipe: Any) -> None:

@@ -1,4 +1,4 @@
-"""A weight a few lines of its memory at a time, and products with it, so that it is never copied whole."""
+"""A weight a tile at a time, and products with it, so that it is never copied whole."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-BLOCK = 1 << 17  # numbers that are cast at a time
+# As the weight lies in memory: a product with that many lines runs fast, and what it adds to stays in the cache.
+LINES, LENGTH = 128, 2048
 
 
 def blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Rows, columns, and the weight there in `dtype`: whole rows, or whole columns where it is stored by columns.
+    """Rows, columns, and the weight there in `dtype`, in tiles.
 
     Example:
-        >>> [(rows, tuple(block.shape)) for rows, _, block in blocks(torch.ones(3, 1 << 16), torch.float32)]
-        [(slice(0, 2, None), (2, 65536)), (slice(2, 3, None), (1, 65536))]
+        >>> [(rows, tuple(tile.shape)) for rows, _, tile in blocks(torch.ones(200, 3), torch.float32)]
+        [(slice(0, 128, None), (128, 3)), (slice(128, 200, None), (72, 3))]
     """
     m, n = weight.shape
     by_columns = weight.stride(0) < weight.stride(1)
-    lines, length = (n, m) if by_columns else (m, n)
-    step = max(1, BLOCK // length)
-    for start in range(0, lines, step):
-        part, whole = slice(start, min(start + step, lines)), slice(0, length)
-        rows, columns = (whole, part) if by_columns else (part, whole)
-        yield rows, columns, weight[rows, columns].detach().to(dtype)
+    tall, wide = (LENGTH, LINES) if by_columns else (LINES, LENGTH)
+    for left in range(0, n, wide):
+        columns = slice(left, min(left + wide, n))
+        for top in range(0, m, tall):
+            rows = slice(top, min(top + tall, m))
+            yield rows, columns, weight[rows, columns].detach().to(dtype)
 
 
 def times(weight: Float[Tensor, "m n"], X: Float[Tensor, "n k"]) -> Float[Tensor, "m k"]:

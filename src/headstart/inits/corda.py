@@ -79,7 +79,7 @@ def corda(
     # Deviation: damped once, by the reference's first value. It doubles it for the sake of an inverse.
     ridge = damping * inputs.energy / inputs.features
     if mode == "ipm":
-        Q, facts = leading(Weighted(weight, damped(inputs.times, ridge)), rank, generator)
+        Q, facts = leading(Weighted(weight, damped(inputs.metric(), ridge)), rank, generator)
     else:
         C = inputs.dense()
         C.diagonal().add_(ridge)

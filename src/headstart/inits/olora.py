@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from headstart.inits.blocks import blocks
+from headstart.inits.blocks import LENGTH, blocks
 from headstart.inits.checks import check_finite, check_fit, check_scaling
 from headstart.inits.kaiming import kaiming
 from headstart.inits.strategy import Factors, register
@@ -62,10 +62,22 @@ def olora(weight: Float[Tensor, "m n"], rank: int, scaling: float, generator: to
     for rows, columns, block in blocks(weight, dtype):
         R[:, columns].addmm_(Q[rows].T, block)
     check_finite(weight, R)
-    effective = int(torch.linalg.matrix_rank(R))
+    effective = _rank(R)
     facts = {"effective_rank": effective, "route": "thin QR"}
     if not effective:
         return replace(kaiming((m, n), rank, generator), facts=facts)
     # Deviation: divided by s, so that what the branch holds at step zero is the paper's Q_r·R_r (there s = 1) for every
     # alpha and for rsLoRA; in A, so that B stays orthonormal. PEFT does not divide and holds s times that.
     return Factors(A=(R / scaling).float(), B=Q.float(), anchored=True, facts=facts)
+
+
+def _rank(R: Float[Tensor, "r n"]) -> int:
+    """As `torch.linalg.matrix_rank`; of float32 rows through their float64 Gram matrix, in a tenth of its time."""
+    if R.dtype == torch.float64:
+        return int(torch.linalg.matrix_rank(R))
+    gram = torch.zeros(len(R), len(R), dtype=torch.float64, device=R.device)
+    for columns in R.split(LENGTH, dim=1):
+        wide = columns.double()
+        gram.addmm_(wide, wide.T)
+    values = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    return int((values > values[-1] * max(R.shape) * torch.finfo(R.dtype).eps).sum())

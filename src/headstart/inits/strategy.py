@@ -3,7 +3,7 @@
 The names of its parameters are its contract, as in pytest fixtures:
 
     given     weight (m, n) or shape (m, n) alone, rank, scaling, generator, kind, quantize
-    needed    whatever `statistics.py` defines
+    needed    whatever `statistics` defines
     options   everything else, each with a default; the user sets them in `init_options`
 
 A strategy that takes `shape` never reads the weight, and so works on the meta device.

@@ -73,8 +73,8 @@ def tara(
     check_rows(output_gradients, rank, "output gradients")
     m, n = weight.shape
     ridge = damping * output_gradients.energy / m
-    right = damped(inputs.times, damping * inputs.energy / n)
-    left = damped(output_gradients.times, ridge)
+    right = damped(inputs.metric(), damping * inputs.energy / n)
+    left = damped(output_gradients.metric(), ridge)
     U, facts = leading(Weighted(weight, right, left), rank, generator)
     sigma_y = output_gradients.dense()
     sigma_y.diagonal().add_(ridge)

@@ -9,7 +9,6 @@ because the spectrum of M falls as fast as those of the three together: on SmolL
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +20,7 @@ from headstart.errors import SVDError
 from headstart.inits.blocks import times
 from headstart.inits.split import certified
 from headstart.linalg import topk_svd
-
-Metric = Callable[[Tensor], Tensor]
+from headstart.statistics import Metric
 
 TOLERANCE = 1e-10  # of a singular value: the directions of this space are good to its root
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from headstart.errors import MetaWeight, NonFiniteWeight
 
 BLOCK = 1 << 20  # Numbers of W that are cast at a time.
+SPAN = 192  # Rows of N in one product.
 TINY = 2.0**-50  # Outside [TINY, 1/TINY] the squares of a float32 weight need rescaling.
 
 
@@ -111,8 +112,13 @@ class Dense:
     def gram(self, dtype: torch.dtype) -> Tensor:
         """N itself."""
         N = torch.zeros(self.short, self.short, dtype=dtype, device=self.device)
+        spans = [slice(start, min(start + SPAN, self.short)) for start in range(0, self.short, SPAN)]
         for _, block in self.blocks(dtype):
-            N = N.addmm_(block, block.t()) if self.wide else N.addmm_(block.t(), block)
+            rows = block if self.wide else block.t()
+            for span in spans:  # Up to the diagonal: the rest is the same.
+                N[span, : span.stop].addmm_(rows[span], rows[: span.stop].t())
+        for span in spans:
+            N[: span.start, span] = N[span, : span.start].t()
         return N
 
     def energy(self) -> float:

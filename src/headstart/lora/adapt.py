@@ -26,7 +26,7 @@ from headstart.lora.calibration import Calibration
 from headstart.lora.config import Holders, LoraConfig, Target, holders_of, with_heads
 from headstart.lora.layers import LoraLayer, Start, TrainedModule, lora_layers, wrap
 from headstart.lora.layers.encoder import Switch, switches
-from headstart.lora.rates import BASE, Rate
+from headstart.lora.rates import Rate
 from headstart.lora.report import InitReport
 from headstart.lora.starts import prepare
 
@@ -68,10 +68,12 @@ class Adapter:
         trained = sum(p.numel() for p in self.parameters())
         return trained, sum(quantized.elements(p) for p in self.model.parameters())
 
-    def learning_rate(self, base: float = BASE) -> Rate:
+    def learning_rate(self, base: float | None = None, *, steps: int | None = None) -> Rate:
         """The peak rate of AdamW that fits this start: `base`, plain LoRA's, times what the start makes of a step.
 
-        It is a float with a `reason`. `headstart.search_rate` finds one on data instead, without a base.
+        It is a float with a `reason`. Without a base, plain LoRA's is guessed from the layers' width; `steps`, the
+        length of the run, makes it surer.
+        `headstart.search_rate` confirms it on data.
 
         Example:
             >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
@@ -79,7 +81,7 @@ class Adapter:
             >>> 0 < rate < 1e-3
             True
         """
-        return self.report.learning_rate(base)
+        return self.report.learning_rate(base, steps=steps)
 
     @contextmanager
     def disabled(self) -> Iterator[nn.Module]:

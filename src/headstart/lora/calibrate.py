@@ -341,8 +341,15 @@ class _Pass:
 def _check_finite(found: Found) -> None:
     for name, kinds in found.items():
         for kind, blocks in kinds.items():
-            if not all(bool(t.isfinite().all()) for statistic in blocks for t in tensors(statistic)):
+            if not all(map(math.isfinite, _extremes(blocks))):
                 raise CalibrationError(f"layer {name!r} met NaN or infinite {kind.replace('_', ' ')}: look at the data")
+
+
+def _extremes(statistics: Sequence[Any]) -> Iterator[float]:
+    """The smallest and the largest numbers of every tensor: one reading, and NaN is among them if there is one."""
+    for statistic in statistics:
+        for tensor in tensors(statistic):
+            yield from map(float, tensor.aminmax())
 
 
 def _compare(found: Found) -> None:

@@ -8,10 +8,13 @@ directions that have nothing to do with each other this moves the output W·x of
 The first term is B's step under A, the second A's under B, the last their product: plain LoRA lives by it, because its
 A is small and its B zero. ρ is r for steps in unrelated directions, and r² for steps that are all alike; in between,
 16·(r/16)^1.5, is what sweeps ask for. A start fits a rate at which it moves every output as far as plain LoRA does at
-the rate that fits plain LoRA. That one has to be known (`base`, or `headstart.search_rate`); how the two compare needs
-no training:
+the rate that fits plain LoRA. That one is known (`base`), or guessed: it falls as one over the layers' width,
 
-    δ(start) / δ(plain),  both from the same E‖Δy‖²,  δ(plain) = 12·base,  their geometric mean over the layers
+    base = 1.3 / width                                            width: the geometric mean of min(m, n) over the layers
+
+How the two compare needs no training:
+
+    δ(start) / δ(plain),  both from the same E‖Δy‖²,  δ(plain) = base·steps/6,  their geometric mean over the layers
 
 E‖Ax‖²/E‖x‖² is taken from the layer's input moments where a calibration holds them, and from the weights alone
 (C = 1, ‖A‖²/n) where not: too small for a start that looks for the inputs' own directions. `benchmarks/rates` tests all
@@ -31,9 +34,11 @@ if TYPE_CHECKING:
 
     from headstart.statistics import InputSpectrum, Moments
 
-BASE = 2e-4  # The usual peak rate of plain LoRA on models of 1 to 8 billion parameters.
 PLAIN_RANK, PLAIN_SCALING = 16, 1.0
-TRAVEL = 12.0  # δ in rates: how far an entry gets, in steps of the peak rate. Fitted, docs/rates.md.
+# δ in rates: how far an entry gets, in steps of the peak rate. A sixth of the run, fitted to runs of 24 to 80 steps on
+# four tasks (docs/rates.md); outside these it is held at the nearest of them.
+STEPS_PER_TRAVEL, NEAREST, TRAVEL, FURTHEST = 6.0, 4.0, 12.0, 16.0
+PLAIN_TIMES_WIDTH = 1.3  # Fitted to short runs on four small models; 3.2e-4, about what is usual, at a width of 4096.
 
 
 class Rate(float):
@@ -114,7 +119,23 @@ class Reach:
         return self.m * PLAIN_RANK * (self.rank / PLAIN_RANK) ** 1.5 if self.trained == "AB" else 0.0
 
 
-def multiplier(reaches: Iterable[Reach], base: float = BASE, travel: float = TRAVEL) -> float:
+def width(reaches: Iterable[Reach]) -> float:
+    """Of a model's layers: the geometric mean of the smaller side of each."""
+    logs = [math.log(min(reach.m, reach.n)) for reach in reaches]
+    return math.exp(sum(logs) / len(logs)) if logs else 1.0
+
+
+def travelled(steps: int | None = None) -> float:
+    """How far an entry gets in a run of so many steps, in steps of the peak rate.
+
+    Example:
+        >>> travelled(48), travelled(10_000), travelled()
+        (8.0, 16.0, 12.0)
+    """
+    return TRAVEL if steps is None else min(max(steps / STEPS_PER_TRAVEL, NEAREST), FURTHEST)
+
+
+def multiplier(reaches: Iterable[Reach], base: float, travel: float = TRAVEL) -> float:
     """The rate that fits over `base`, the rate that fits plain LoRA (r = 16, s = 1) on the same layers."""
     plain = travel * base
     logs = []
@@ -125,11 +146,16 @@ def multiplier(reaches: Iterable[Reach], base: float = BASE, travel: float = TRA
     return math.exp(sum(logs) / len(logs)) if logs else 1.0
 
 
-def predicted(name: str, reaches: Iterable[Reach], base: float = BASE) -> Rate:
-    """The rate of a start, from its layers' reaches."""
-    factor = multiplier(reaches, base)
+def predicted(name: str, reaches: Iterable[Reach], base: float | None = None, steps: int | None = None) -> Rate:
+    """The rate of a start, from its layers' reaches and plain LoRA's rate, or a guess of that; and the run's length."""
+    layers = list(reaches)
+    plain, source = base, ""
+    if plain is None:
+        plain = float(f"{PLAIN_TIMES_WIDTH / width(layers):.2g}")
+        source = f", guessed from the layers' width of {width(layers):.0f}"
+    factor = multiplier(layers, plain, travelled(steps))
     return Rate(
-        base * factor,
-        f"{factor:.2g} × {base:g}, the rate of plain LoRA (r = 16, s = 1): a step of {name} moves the layers' outputs "
-        f"{1 / factor:.2g} times as far",
+        plain * factor,
+        f"{factor:.2g} × {plain:g}, the rate of plain LoRA (r = 16, s = 1){source}: a step of {name} moves the "
+        f"layers' outputs {1 / factor:.2g} times as far",
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from headstart.errors import BadOption
-from headstart.lora.rates import BASE, Rate, Reach, predicted
+from headstart.lora.rates import Rate, Reach, predicted
 
 
 @dataclass(frozen=True)
@@ -66,15 +66,17 @@ class InitReport:
         routes = sorted({str(fact["route"]) for fact in facts if fact.get("route")})
         return {**found, "routes": routes} if routes else found
 
-    def learning_rate(self, base: float = BASE) -> Rate:
+    def learning_rate(self, base: float | None = None, *, steps: int | None = None) -> Rate:
         """The peak rate of AdamW that fits this start, and why.
 
         Args:
-            base: the rate that fits plain LoRA (kaiming, r = 16, s = 1) on this model and run length.
+            base: the rate that fits plain LoRA (kaiming, r = 16, s = 1) on this model and run length; guessed from the
+                layers' width where left out.
+            steps: of the run, where it is known: in a short one a large start wants more of its rate taken off.
         """
-        if not 0 < base < math.inf:
+        if base is not None and not 0 < base < math.inf:
             raise BadOption(f"base is {base!r}: pass the rate that fits plain LoRA, as 2e-4")
-        return predicted(self.strategy, (reach for layer in self.layers for reach in layer.reaches), base)
+        return predicted(self.strategy, (reach for layer in self.layers for reach in layer.reaches), base, steps)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

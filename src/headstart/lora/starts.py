@@ -154,8 +154,10 @@ def _magnitude(target: Target, weight: Tensor, start: Start) -> Tensor:
     """DoRA's m: the row norms of what the layer multiplies with at step zero, so that the ratio starts at one."""
     if weight.is_meta:
         raise MetaWeight("use_dora needs the weight's row norms, and it is not loaded: load it first")
-    branch = Branch(start.A, start.B, start.scaling, start.anchor)
-    norms = row_norms(target.layout, weight, branch, NormCache(), training=False).clone()
+    A, B = (start.A, start.B) if start.core is None else target.layout.with_core(start.A, start.B, start.core)
+    norms = row_norms(
+        target.layout, weight, Branch(A, B, start.scaling, start.anchor), NormCache(), training=False
+    ).clone()
     if not bool(norms.isfinite().all()):
         raise NonFiniteWeight("the weight holds NaN or infinite values: repair the checkpoint")
     return norms
