@@ -4,8 +4,8 @@
     python scripts/generate.py --check    write nothing; fail where something is stale
 
 The table of strategies comes from the registry, the tree from the modules' first lines, the benchmark tables from
-benchmarks/results, the command reference from the command line itself. In README.md, docs/rates.md and docs/theory only
-what stands between `<!-- name -->` and `<!-- /name -->` is replaced.
+benchmarks/results, the command reference from the command line itself. In README.md and the pages of evidence and
+theory only what stands between `<!-- name -->` and `<!-- /name -->` is replaced.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ PACKAGE = ROOT / "src" / "headstart"
 RESULTS = ROOT / "benchmarks" / "results"
 THEORY = RESULTS / "theory.json"
 RATES = RESULTS / "rates.json"
+EVIDENCE = RESULTS / "evidence"  # a comparison a task
 TABLES = {THEORY, RATES}  # of pages of their own
 NOTE = "<!-- Written by scripts/generate.py: change the code, then run it again. -->\n\n"
 
@@ -245,9 +246,27 @@ def rates_page() -> str:
     """The page as it stands, with the tables of the sweep put between its markers."""
     text = (ROOT / "docs" / "rates.md").read_text(encoding="utf-8")
     found = json.loads(RATES.read_text(encoding="utf-8"))
-    for name in ("verdict", "cells"):
+    for name in ("verdict", "noise", "cells"):
         rows = [[cell(value) for value in row] for row in found[name]["rows"]]
         text = between(text, name, table(found[name]["header"], rows))
+    return text
+
+
+def gap_page() -> str:
+    """The page as it stands, with the table of `benchmarks.rates.gap` put between its markers."""
+    found = json.loads((RESULTS / "rates" / "gap.json").read_text(encoding="utf-8"))
+    rows = [[cell(value) for value in row] for row in found["rows"]]
+    return between((ROOT / "docs" / "gap.md").read_text(encoding="utf-8"), "gap", table(found["header"], rows))
+
+
+def evidence_page() -> str:
+    """The page as it stands, with the table and the verdict of every comparison put between its markers."""
+    text = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    for path in sorted(EVIDENCE.glob("*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        rows = [list(row.values()) for row in found["table"]]
+        said = found["verdict"]["headline"]
+        text = between(text, path.stem, f"{said}\n\n{table(list(found['table'][0]), rows)}")
     return text
 
 
@@ -313,6 +332,8 @@ def generated() -> dict[Path, str]:
         docs / "cli.md": cli_page(),
         docs / "theory" / "lora-one.md": theory_page(),
         docs / "rates.md": rates_page(),
+        docs / "gap.md": gap_page(),
+        docs / "evidence.md": evidence_page(),
     }
 
 

@@ -1,4 +1,4 @@
-"""What is predicted for each cell before any training: from the factors' reach, and for plain LoRA from a search."""
+"""What is known of each cell before the run: at step zero from the factors, and after twenty steps from the trials."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 
 import headstart as hs
 from benchmarks.rates.sweep import Bench, Cell
-from headstart.lora.rate_search import SHARE
-from headstart.lora.rates import multiplier
+from headstart.lora.rate_search import BATCHES, tried
+from headstart.lora.rates import multiplier, width
 
 TRAVELS = (4.0, 8.0, 12.0, 16.0, 32.0)
-BATCHES = 6
+TRIAL_STEPS = 20
 
 
 class Predictions:
-    """The file of predictions: {**cell, base, multipliers by travel, the best first step}."""
+    """A file of what was found about each cell, {**cell, …}."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -35,7 +35,7 @@ class Predictions:
 
 
 def predict(bench: Bench, cell: Cell, base: float) -> dict[str, Any]:
-    """Everything that is known at step zero.
+    """Everything that is known at step zero: the multipliers by travel, the layers' width, the run's length.
 
     Args:
         base: the best rate of plain LoRA on this task, as the sweep found it.
@@ -43,16 +43,29 @@ def predict(bench: Bench, cell: Cell, base: float) -> dict[str, Any]:
     adapter = bench.start(cell)
     try:
         reaches = [reach for layer in adapter.report.layers for reach in layer.reaches]
-        found: dict[str, Any] = {
+        return {
             "base": base,
+            "steps": bench.task.steps,
+            "width": round(width(reaches), 1),
             "multipliers": {f"{travel:g}": round(multiplier(reaches, base, travel), 4) for travel in TRAVELS},
         }
-        if cell == cell.plain():
-            batches = bench.task.batches(BATCHES, 2000 + cell.seed)
-            begin = time.perf_counter()
-            searched = hs.search_rate(bench.task.model, batches, loss=bench.task.loss)
-            seconds = time.perf_counter() - begin
-            found |= {"first_step": float(f"{searched / SHARE:.4g}"), "search_s": round(seconds, 1)}
-        return found
     finally:
         hs.remove(bench.task.model)
+
+
+def probe(bench: Bench, cell: Cell, near: float) -> dict[str, Any]:
+    """The losses that the trials of `search_rate` end at, by rate.
+
+    Args:
+        near: where the trials begin: predicted with constants that were fitted on the other tasks.
+    """
+    bench.start(cell)
+    try:
+        batches = bench.task.batches(BATCHES, 2000 + cell.seed)
+        begin = time.perf_counter()
+        losses = tried(bench.task.model, batches, near, bench.task.loss, TRIAL_STEPS)
+        seconds = time.perf_counter() - begin
+    finally:
+        hs.remove(bench.task.model)
+    trials = [[float(f"{rate:.4g}"), float(f"{loss:.5g}")] for rate, loss in sorted(losses.items())]
+    return {"near": float(f"{near:.4g}"), "trials": trials, "s": round(seconds, 1)}

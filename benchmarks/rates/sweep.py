@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import headstart as hs
-from benchmarks.rates.tasks import HEAD_RATE, Task
+from benchmarks.rates.tasks import Task
 
 CENTRE, FACTOR = 2e-3, 2.0
 INITS = ("kaiming", "pissa", "lora_one", "olora", "eva", "gaussian", "milora", "lora_ga")
@@ -97,14 +97,9 @@ class Bench:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self.head = {name: p for name, p in task.model.named_parameters() if p.requires_grad}
-        self.fresh = {name: p.detach().clone() for name, p in self.head.items()}
         self.calibrations: dict[tuple[int, int], hs.Calibration] = {}
 
     def start(self, cell: Cell) -> hs.Adapter:
-        with torch.no_grad():
-            for name, parameter in self.head.items():
-                parameter.copy_(self.fresh[name])
         config = cell.config(self.task.targets)
         data = {"calibration": self.measured(cell)} if config.strategy.needs else {}
         return hs.adapt(self.task.model, config, **data)  # type: ignore[arg-type]
@@ -120,11 +115,7 @@ class Bench:
         return self.calibrations[key]
 
     def optimizer(self, adapter: hs.Adapter, peak: float) -> torch.optim.AdamW:
-        groups = [
-            {"params": adapter.parameters(), "lr": peak, "peak": peak},
-            {"params": list(self.head.values()), "lr": HEAD_RATE, "peak": HEAD_RATE},
-        ]
-        return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
+        return torch.optim.AdamW([{"params": adapter.parameters(), "lr": peak, "peak": peak}], weight_decay=0.0)
 
     def run(self, cell: Cell, peak: float) -> dict[str, Any]:
         """Train at this peak rate: a warm-up over a tenth of the steps, then a cosine to zero."""

@@ -1,8 +1,8 @@
 """The tasks: a real pretrained model, real data, and how long it is trained.
 
 Each is fine-tuned as its users would: a language model on the answer alone, an encoder under a head that was fitted
-beforehand on the frozen features, so that the start meets sensible gradients. The head trains on, at a rate of its own
-that no start changes.
+beforehand on the frozen features, so that the start meets sensible gradients. In the sweep of rates the head stays as
+it is; where something is compared with full fine-tuning it trains on in all arms, at a rate of its own.
 """
 
 from __future__ import annotations

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.rates.predict import TRAVELS
 from benchmarks.rates.sweep import CENTRE, FACTOR
+from headstart.lora.rate_search import settled
+from headstart.lora.rates import FURTHEST, NEAREST
 
-Key = tuple[str, str, int, float, int]  # task, init, rank, scaling, seed
+Key = tuple[str, str, int, float]  # task, init, rank, scaling
+Lines = Sequence[Mapping[str, Any]]
+PERIODS = (3.0, 4.0, 5.0, 6.0, 8.0, 12.0)
+DOUBTS = (0.02, 0.03, 0.04, 0.05, 0.07, 0.1)
+KNOWN, GUESSED, TRIED = "base known", "base guessed", "after trials"
 
 
 @dataclass(frozen=True)
@@ -54,21 +61,38 @@ def _vertex(losses: Mapping[int, float], step: int) -> tuple[float, float]:
     return step + x, centre - 0.25 * (left - right) * x
 
 
-def swept(lines: Sequence[Mapping[str, Any]]) -> dict[Key, Swept]:
-    """The cells that were finished: the best rate has a worse one on both sides."""
-    grids: dict[Key, dict[int, float]] = {}
+def key(line: Mapping[str, Any]) -> Key:
+    return (line["task"], line["init"], line["rank"], line["scaling"])
+
+
+Grids = Mapping[Key, Mapping[int, Mapping[int, float]]]  # cell → seed → grid step → loss
+
+
+def grids(lines: Lines) -> Grids:
+    found: dict[Key, dict[int, dict[int, float]]] = {}
     for line in lines:
-        grids.setdefault(key(line), {})[line["step"]] = line["loss"]
-    found = {}
-    for cell, losses in grids.items():
-        step = min(losses, key=lambda step: (losses[step], step))
-        if {step - 1, step + 1} <= losses.keys():
-            found[cell] = Swept.of(losses)
+        found.setdefault(key(line), {}).setdefault(line["seed"], {})[line["step"]] = line["loss"]
     return found
 
 
-def key(line: Mapping[str, Any]) -> Key:
-    return (line["task"], line["init"], line["rank"], line["scaling"], line["seed"])
+def bracketed(losses: Mapping[int, float]) -> bool:
+    """Whether the best rate has a worse one on both sides."""
+    if not losses:
+        return False
+    step = min(losses, key=lambda step: (losses[step], step))
+    return {step - 1, step + 1} <= losses.keys()
+
+
+def swept(lines: Lines) -> dict[Key, Swept]:
+    """The cells that were finished: the mean of their seeds at the rates that all of them ran, or the first seed."""
+    found = {}
+    for cell, seeds in grids(lines).items():
+        common = set.intersection(*(set(losses) for losses in seeds.values()))
+        mean = {step: statistics.fmean(losses[step] for losses in seeds.values()) for step in common}
+        losses = mean if bracketed(mean) else seeds.get(0, {})
+        if bracketed(losses):
+            found[cell] = Swept.of(losses)
+    return found
 
 
 @dataclass(frozen=True)
@@ -90,35 +114,84 @@ class Judged:
         return cls(cell, rate, max(rate / swept.best, swept.best / rate), swept.at(rate) / swept.loss - 1)
 
 
-def fit_travel(lines: Sequence[Mapping[str, Any]], cells: Mapping[Key, Swept]) -> float:
-    """The travel whose multipliers are off the least, in the mean square of the logarithm."""
+def multiplier(line: Mapping[str, Any], travel: float, base: float) -> float:
+    """Of a start over plain LoRA's `base`: what was noted at the base that the sweep found, at as long a way."""
+    way = min(max(travel * base / line["base"], TRAVELS[0]), TRAVELS[-1])
+    low, high = next((low, high) for low, high in itertools.pairwise(TRAVELS) if way <= high)
+    share = math.log(way / low) / math.log(high / low)
+    at = [math.log(line["multipliers"][f"{travel:g}"]) for travel in (low, high)]
+    return math.exp(at[0] + share * (at[1] - at[0]))
 
-    def error(travel: float) -> float:
-        rates = [(line["base"] * line["multipliers"][f"{travel:g}"], cells[key(line)].best) for line in lines]
+
+def known(line: Mapping[str, Any], others: Lines, cells: Mapping[Key, Swept]) -> float:
+    """Plain LoRA's best rate on the task times the multiplier."""
+    return line["base"] * multiplier(line, way(line, fit_period(others, cells)), line["base"])  # type: ignore[no-any-return]
+
+
+def guessed(line: Mapping[str, Any], others: Lines, cells: Mapping[Key, Swept]) -> float:
+    """The same without having trained: plain LoRA's rate is guessed from the layers' width."""
+    base = fit_width(others) / line["width"]
+    return base * multiplier(line, way(line, fit_period(others, cells)), base)  # type: ignore[no-any-return]
+
+
+def way(line: Mapping[str, Any], period: float) -> float:
+    """How far the entries of a run get, in steps of its peak rate, if one step in so many counts."""
+    return min(max(line["steps"] / period, NEAREST), FURTHEST)  # type: ignore[no-any-return]
+
+
+def fit_period(lines: Lines, cells: Mapping[Key, Swept]) -> float:
+    """The period whose multipliers are off the least, in the mean square of the logarithm."""
+
+    def error(period: float) -> float:
+        at = [line["base"] * multiplier(line, way(line, period), line["base"]) for line in lines]
+        return statistics.fmean(
+            math.log(rate / cells[key(line)].best) ** 2 for rate, line in zip(at, lines, strict=True)
+        )
+
+    return min(PERIODS, key=error)
+
+
+def fit_width(lines: Lines) -> float:
+    """Plain LoRA's best rate times the width: the geometric mean over the tasks."""
+    by_task = {line["task"]: line["base"] * line["width"] for line in lines}
+    return statistics.geometric_mean(by_task.values())
+
+
+def fit_doubt(lines: Lines, cells: Mapping[Key, Swept]) -> float:
+    """What leaving the prediction has to cost for the trials to be off the least."""
+
+    def error(doubt: float) -> float:
+        rates = [(tried(line, doubt), cells[key(line)].best) for line in lines]
         return statistics.fmean(math.log(rate / best) ** 2 for rate, best in rates)
 
-    return min(TRAVELS, key=error)
+    return min(DOUBTS, key=error)
 
 
-def fit_share(lines: Sequence[Mapping[str, Any]]) -> float:
-    """The share of the best first step that plain LoRA's best rates are, in the median."""
-    shares = [line["base"] / line["first_step"] for line in lines if "first_step" in line]
-    return statistics.median(shares) if shares else math.nan
+def tried(line: Mapping[str, Any], doubt: float) -> float:
+    """What `search_rate` makes of a cell's trials."""
+    return settled(dict(line["trials"]), line["near"], doubt)
 
 
-def judged(lines: Sequence[Mapping[str, Any]], cells: Mapping[Key, Swept]) -> dict[str, list[Judged]]:
-    """Every cell's predictions, with constants fitted on the other tasks: from plain LoRA's best rate, which gets that
-    one cell for nothing and leaves it out, and from plain LoRA's searched rate."""
-    found: dict[str, list[Judged]] = {"base known": [], "base searched": []}
-    for line in lines:
-        cell = key(line)
-        others = [other for other in lines if family(other) != family(line)] or lines
-        factor = line["multipliers"][f"{fit_travel(others, cells):g}"]
-        first = next((o["first_step"] for o in lines if "first_step" in o and key(o)[::4] == cell[::4]), math.nan)
-        if "first_step" not in line:
-            found["base known"].append(Judged.of(cell, cells[cell], line["base"] * factor))
-        found["base searched"].append(Judged.of(cell, cells[cell], fit_share(others) * first * factor))
-    return found
+def judged(lines: Lines, trials: Lines, cells: Mapping[Key, Swept]) -> dict[str, list[Judged]]:
+    """Every cell's predictions, with constants fitted on the other tasks. Plain LoRA's best rate gets that one cell for
+    nothing, which is left out."""
+
+    def those(lines: Lines, predict: Callable[[Mapping[str, Any], Lines], float]) -> list[Judged]:
+        found = []
+        for line in lines:
+            others = [other for other in lines if family(other) != family(line)] or lines
+            found.append(Judged.of(key(line), cells[key(line)], predict(line, others)))
+        return found
+
+    return {
+        KNOWN: [
+            each
+            for each in those(lines, lambda line, others: known(line, others, cells))
+            if each.cell[1:] != ("kaiming", 16, 1.0)
+        ],
+        GUESSED: those(lines, lambda line, others: guessed(line, others, cells)),
+        TRIED: those(trials, lambda line, others: tried(line, fit_doubt(others, cells))),
+    }
 
 
 def family(line: Mapping[str, Any]) -> str:
@@ -126,23 +199,28 @@ def family(line: Mapping[str, Any]) -> str:
     return line["task"].partition("_")[0]  # type: ignore[no-any-return]
 
 
-def tables(lines: Sequence[Mapping[str, Any]], predictions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def tables(lines: Lines, predictions: Lines, trials: Lines) -> dict[str, Any]:
     """What the page shows: every cell, and how many of them are met by which prediction, task by task."""
     cells = swept(lines)
-    known = [line for line in predictions if key(line) in cells]
-    found = judged(known, cells)
+    predicted = [line for line in predictions if key(line) in cells]
+    trials = [line for line in trials if key(line) in cells]
+    found = judged(predicted, trials, cells)
     by_cell = {(name, each.cell): each for name, several in found.items() for each in several}
     rows = []
-    for cell in map(key, known):
-        row: list[Any] = [*cell[:4], cells[cell].best, cells[cell].loss]
+    for cell in map(key, predicted):
+        row: list[Any] = [*cell, cells[cell].best, cells[cell].loss]
         for name in found:
             each = by_cell.get((name, cell))
             row += [each.rate, each.off, _percent(each.worse)] if each else ["", "", ""]
         rows.append(row)
-    tasks = list(dict.fromkeys(cell[0] for cell in map(key, known)))
+    tasks = list(dict.fromkeys(cell[0] for cell in map(key, predicted)))
     columns = [f"{name}: {what}" for name in found for what in ("within 2×", "loss within 1 %")]
     return {
-        "constants": {"travel": fit_travel(known, cells), "share": fit_share(known)},
+        "constants": {
+            "period": fit_period(predicted, cells),
+            "width": fit_width(predicted),
+            "doubt": fit_doubt(trials, cells),
+        },
         "cells": {
             "header": ["task", "init", "r", "s", "best rate", "loss", *["predicted", "off by", "loss"] * len(found)],
             "rows": rows,
@@ -151,7 +229,31 @@ def tables(lines: Sequence[Mapping[str, Any]], predictions: Sequence[Mapping[str
             "header": ["task", *columns],
             "rows": [[task, *_counted(task, found)] for task in [*tasks, "all"]],
         },
+        "noise": noise(lines, tasks),
     }
+
+
+def noise(lines: Lines, tasks: Sequence[str]) -> dict[str, Any]:
+    """How far apart two seeds are at the same rate, and how well the whole sweep of one seed predicts another's."""
+    rows: list[list[Any]] = []
+    for task in [*tasks, "all"]:
+        apart, swept_by_another = [], []
+        for cell, seeds in grids(lines).items():
+            if task not in (cell[0], "all"):
+                continue
+            for one, other in itertools.permutations(seeds.values(), 2):
+                both = [step for step in set(one) & set(other) if math.isfinite(one[step] + other[step])]
+                apart += [abs(one[step] - other[step]) / min(one[step], other[step]) for step in both]
+                if bracketed(one) and bracketed(other):
+                    swept_by_another.append(Judged.of(cell, Swept.of(other), Swept.of(one).best))
+        if apart:
+            pairs = len(swept_by_another)
+            close = sum(each.off <= 2 for each in swept_by_another), sum(e.worse <= 0.01 for e in swept_by_another)
+            rows.append(
+                [task, len(apart) // 2, _percent(statistics.median(apart)), *(f"{met} of {pairs}" for met in close)]
+            )
+    header = ["task", "rates under two seeds", "losses apart, median", "another seed's sweep: within 2×"]
+    return {"header": [*header, "another seed's sweep: loss within 1 %"], "rows": rows}
 
 
 def _counted(task: str, found: Mapping[str, Sequence[Judged]]) -> list[str]:

@@ -79,6 +79,10 @@ def advise(
     if seen is not None and seen.longest is not None and "max_length" not in fields:
         setting = dataclasses.replace(setting, max_length=min(1024, max(64, 2 ** math.ceil(math.log2(seen.longest)))))
     setting = setting.settled(outline)
+    if "target_modules" not in fields and outline.convolutional:
+        setting = dataclasses.replace(
+            setting, target_modules=[m.name for m in outline.matrices if m.linear or m.convolution]
+        )
     facts = Facts(
         outline=outline,
         setting=setting,
@@ -195,7 +199,7 @@ def _filled(value: Any, words: dict[str, str]) -> Any:
 def _notes(facts: Facts, ranked: Iterable[Recommendation]) -> Iterator[str]:
     best = next(iter(ranked))
     yield f"{TUNED} ({TUNED_SOURCE})"
-    yield "--lr auto searches plain LoRA's rate on your data, in about seven steps, and fits it to the start: surer"
+    yield "--lr auto tries rates about the predicted one on your data, for twenty training steps in all: surer"
     if not best.fits and facts.memory is not None:
         need = size(best.estimate.memory.peak)
         text = f"nothing fits {size(facts.memory)}: the least takes {need}"

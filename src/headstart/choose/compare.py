@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headstart.choose.auto import AUTO, followed
 from headstart.choose.trials.comparison import Comparison
 from headstart.choose.trials.order import Order
 from headstart.choose.trials.plan import Plan, needed, seconds_of, words
@@ -32,6 +33,7 @@ from headstart.lora import batches as reading
 from headstart.lora.adapt import check_plain
 from headstart.lora.config import LoraConfig, with_heads
 
+Arms = Mapping[str, LoraConfig | str | bool] | Sequence[str]
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 
 
@@ -40,7 +42,7 @@ def compare(
     loss: Loss,
     train: Iterable[Any] | Callable[[int], Iterable[Any]],
     validation: Batches,
-    arms: Mapping[str, LoraConfig | str | bool],
+    arms: Arms,
     *,
     steps: int | None = None,
     seeds: int | None = None,
@@ -62,7 +64,8 @@ def compare(
         loss: from the model and a batch to a mean loss, or to a mean loss and how many it is a mean of.
         train: batches, which every seed shuffles in its own way; or a function from a seed to batches.
         validation: batches to judge on. Without `tuning`, every second one of them tunes instead.
-        arms: by name, a config or a strategy's name. The first is the baseline.
+        arms: by name, a config, a strategy's name, or "auto", what `headstart.auto` chooses; or a list of the last
+            two. The first is the baseline.
         steps: of a run; left out, what the budget buys, or 200.
         seeds: runs that an arm is judged by; left out, 5, or down to 3 where the budget is small.
         rates: to try, for all arms or by arm; left out, eleven factors of two round each start's own centre.
@@ -91,7 +94,7 @@ def compare(
         (['a', 'b'], False)
     """
     check_plain(model)
-    configs = _configs(model, arms)
+    configs = _configs(model, arms, steps)
     judging, chosen = _split(_listed(validation, "validation"), None if tuning is None else _listed(tuning, "tuning"))
     kept, given = _preserve(preserve, configs)
     wanted = _wanted(configs, steps, seeds, rates, budget)
@@ -113,14 +116,23 @@ def compare(
     return Comparison(measured, configs, {"study": name, **_about(model), **(facts or {})})
 
 
-def _configs(model: nn.Module, arms: Mapping[str, LoraConfig | str | bool]) -> dict[str, LoraConfig]:
+def _configs(model: nn.Module, arms: Arms, steps: int | None) -> dict[str, LoraConfig]:
+    if isinstance(arms, list | tuple) and len(set(map(str, arms))) == len(arms):
+        arms = {str(name): name for name in arms}
     if not isinstance(arms, Mapping) or len(arms) < 2:
         raise BadOption("arms is a mapping of at least two names to configs or strategies: name what to compare")
     for name in arms:
         if not isinstance(name, str) or not name.strip() or "|" in name:
             raise BadOption(f"an arm is called {name!r}: choose a name without '|'")
-    given = {n: c if isinstance(c, LoraConfig) else LoraConfig(init_lora_weights=c) for n, c in arms.items()}
+    given = {n: c if isinstance(c, LoraConfig) else _named(model, c, steps) for n, c in arms.items()}
     return {name: with_heads(model, config) for name, config in given.items()}
+
+
+def _named(model: nn.Module, name: str | bool, steps: int | None) -> LoraConfig:
+    """A start with every other field as it is by default, or what the advice chooses."""
+    if name != AUTO:
+        return LoraConfig(init_lora_weights=name)
+    return followed(model, steps=steps).best.lora_config(clip_rank=True)
 
 
 def _listed(batches: Batches, name: str) -> list[Any]:

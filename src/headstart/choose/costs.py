@@ -59,6 +59,7 @@ STARTS = {
     "lora_ga": Start(("gradient",), "kept", anchored=True),
     "lora_one": Start(("gradient",), "kept"),
     "lora_sb": Start(("gradient",), "dense", trains="R"),
+    "kfac": Start(("inputs", "output_gradients"), "axes", trains="R"),
     "lora_da": Start(("inputs", "gradient", "output_squares"), "metric"),
     "gora": Start(("gradient",), "dense"),
     "loftq": Start((), "quantise", base=True),
@@ -109,6 +110,7 @@ def work_of(kind: str, m: int, n: int, r: int) -> Work:
         "leading": Work((8 << 20) + 8 * factors, krylov),
         "trailing": Work(3 * 8 * d * d, 4.0 * m * n * d + 25.0 * d**3),
         "metric": Work(3 * 8 * n * n + 8 * factors, 30.0 * n**3 + 4 * krylov),
+        "axes": Work(8 * (m * m + n * n), 10.0 * (m**3 + n**3)),
         "dense": Work(3 * 4 * m * n, krylov),
         "quantise": Work(4 * 4 * m * n, 5 * krylov),  # five rounds
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ HIGH_RANK = 128
 VERY_LARGE = 30e9  # parameters, from which PiSSA's decompositions take hours on a CPU
 SWEEP = 4  # rates that make a sweep
 DEFAULT_STEPS_BATCH = 8
+SHARE = 0.02  # of all parameters, that train at most where a rank is chosen for the user
+SMALL_RANK = 8  # of plain LoRA, below which its layers hold little
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,19 @@ class Facts:
             return self.steps
         return max(1, round(self.data.rows / self.setting.batch_size / self.setting.gradient_accumulation))
 
+    @property
+    def budget(self) -> float:
+        """Numbers that may train: the user's word, and a share of the model where the rank is ours to choose."""
+        share = math.inf if self.rank_given else SHARE * self.outline.parameters
+        return share if self.trainable is None else min(share, self.trainable)
+
+    @property
+    def plain_rank_fits(self) -> bool:
+        """Whether plain LoRA of the rank given, or of a small one, stays within the budget."""
+        rank = self.setting.r if self.rank_given else SMALL_RANK
+        chosen = self.outline.chosen(self.setting.target_modules, self.setting.exclude_modules)
+        return rank * sum((matrix.m + matrix.n) * matrix.count for matrix in chosen) <= self.budget
+
     def with_(self, **changes: object) -> Setting:
         return dataclasses.replace(self.setting, quantised=self.quantised, **changes)  # type: ignore[arg-type]
 
@@ -127,15 +143,14 @@ CONDITIONS: Mapping[str, Callable[[Facts], bool]] = {
     "gradients do not fit": lambda facts: not facts.fits("lora_one"),
     "inputs fit": lambda facts: facts.fits("lora_null"),
     "inputs do not fit": lambda facts: not facts.fits("lora_null"),
+    "inputs and gradients fit": lambda facts: facts.fits("kfac"),
     "very large": lambda facts: facts.outline.parameters >= VERY_LARGE,
     "not very large": lambda facts: facts.outline.parameters < VERY_LARGE,
     "rank given": lambda facts: facts.rank_given,
     "high rank": lambda facts: facts.rank_given and facts.setting.r >= HIGH_RANK,
-    "experts": lambda facts: any(matrix.count > 1 for matrix in facts.outline.matrices),
-    "less than rank one may train": lambda facts: (
-        facts.trainable is not None
-        and facts.trainable < sum(matrix.m + matrix.n for matrix in facts.outline.chosen("all-linear"))
-    ),
+    "convolutions": lambda facts: facts.outline.convolutional,
+    "experts": lambda facts: any(matrix.count > 1 and not matrix.convolution for matrix in facts.outline.matrices),
+    "a small rank is over the budget": lambda facts: not facts.plain_rank_fits,
 }
 
 PROPERTIES: Mapping[str, Callable[[Start], bool]] = {

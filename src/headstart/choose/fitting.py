@@ -15,7 +15,6 @@ from headstart.choose.rules import Rule
 from headstart.choose.setting import Setting
 
 LADDER = (64, 32, 16, 8, 4, 2, 1)  # ranks that are tried
-SHARE = 0.02  # of all parameters, that train at most where a rank is chosen for the user
 
 
 def fitted(init: str, rule: Rule, facts: Facts, rate: Speed | None) -> tuple[Estimate, bool]:
@@ -42,18 +41,31 @@ def _ranks(init: str, rule: Rule, facts: Facts) -> Iterator[int]:
     limit = engine.rank if engine is not None and engine.rank is not None else math.inf
     if costs.start_of(init).anchored:
         limit /= 2
-    allowed = [r for r in LADDER if r <= min(rule.choose, limit)]
-    small = [r for r in allowed if _trained(init, r, facts) <= _budget(facts)]
+    limit = min(limit, rule.choose)
+    if costs.start_of(init).trains == "R":
+        yield from _of_cores(init, int(min(limit, _widest(facts))), facts)
+        return
+    allowed = [r for r in LADDER if r <= limit]
+    small = [r for r in allowed if _trained(init, r, facts) <= facts.budget]
     yield from small or allowed[-1:]
+
+
+def _of_cores(init: str, largest: int, facts: Facts) -> Iterator[int]:
+    """The largest rank of a core, of which r² numbers train, and then half of it, and so on."""
+    r = next((r for r in range(largest, 1, -1) if _trained(init, r, facts) <= facts.budget), 1)
+    while r:
+        yield r
+        r //= 2
+
+
+def _widest(facts: Facts) -> int:
+    """The largest rank for which some matrix has room."""
+    chosen = facts.outline.chosen(facts.setting.target_modules, facts.setting.exclude_modules)
+    return max(min(matrix.m, matrix.n) for matrix in chosen)
 
 
 def _trained(init: str, r: int, facts: Facts) -> int:
     return predict(facts.outline, _narrowed(facts, facts.with_(init=init, r=r))).trainable
-
-
-def _budget(facts: Facts) -> float:
-    share = SHARE * facts.outline.parameters
-    return share if facts.trainable is None else min(share, facts.trainable)
 
 
 def _batches(setting: Setting) -> Iterator[dict[str, Any]]:

@@ -21,6 +21,7 @@ PEFT_TABLE = "PEFT's method_comparison, Llama-3.2-3B on MetaMathQA"
 FORGETTING = "an unreviewed log: Llama-2-7B and Qwen2.5-7B, 8 adapters × 7 rates, one seed"
 ENGINES = "the engines' own sources, November 2026"
 OURS = "how headstart works"
+GAP = "headstart's own runs, docs/gap.md"
 
 TUNED = "differences between inits at tuned rates are usually under two points; spend the sweep on the rate"
 TUNED_SOURCE = (
@@ -77,9 +78,12 @@ def _names(when: str) -> tuple[str, ...]:
 # fmt: off
 RULES: tuple[Rule, ...] = (
     # ------------------------------------------------------------------------------------------------ init
-    _rule("init", "less than rank one may train, data, gradients fit", "lora_sb",
-          "fewer numbers may train than one rank of every matrix has: r² between two frozen factors do, and then the "
-          "start is the model", "arXiv 2411.19557, one paper", "medium"),
+    _rule("init", "a small rank is over the budget, nothing to preserve, data, inputs and gradients fit", "kfac",
+          "plain LoRA of a useful rank is over what may train: r² numbers between frozen directions buy ten times the "
+          "rank, along the inputs' and the output gradients' main axes", GAP, "low"),
+    _rule("init", "a small rank is over the budget, nothing to preserve, data, gradients fit", "lora_sb",
+          "the same between the directions of one mean gradient, which take less memory to find",
+          f"arXiv 2411.19557; {GAP}: worse than those axes", "low"),
     _rule("init", "to preserve, inputs fit", "lora_null",
           "a frozen A that what is to be preserved hardly excites: the one start whose structure protects it",
           f"arXiv 2503.02659; {FORGETTING}", "low", init_options={"mode": "frozen"}, calibration="{preserve}"),
@@ -113,6 +117,8 @@ RULES: tuple[Rule, ...] = (
           "arXiv 2410.07170, one group, many tasks", "low"),
     # ------------------------------------------------------------------------------------------------ rank
     _rule("rank", "rank given", "{r}", "you chose it", "your word", "high"),
+    _rule("rank", "a small rank is over the budget", 128,
+          "as much as may train: two per cent of the model, or what was named", GAP, "medium"),
     _rule("rank", "little data", 16, "the data says less than a larger adapter could hold",
           f"{REGRET}: capacity is needed where the data exceeds it", "medium"),
     _rule("rank", "", 64, "rank is cheap, and was worth more than any init where rsLoRA scales it",
@@ -127,6 +133,8 @@ RULES: tuple[Rule, ...] = (
     _rule("targets", "experts", "all-linear",
           "attention alone: experts are bare parameters, and adapters on all of them many times as large",
           OURS, "medium"),
+    _rule("targets", "convolutions", "every matrix",
+          "most of the model is convolutions: they and every Linear, but what has no room for the rank", GAP, "medium"),
     _rule("targets", "", "all-linear", "every Linear, the MLP's too: attention alone falls short at equal parameters",
           f"{REGRET}; {PEFT_TABLE}: MLP alone at r = 10 49.4", "high"),
     # ------------------------------------------------------------------------------------------------ decay

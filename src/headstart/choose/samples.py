@@ -15,6 +15,7 @@ from headstart.errors import DataError
 ROWS, BYTES = 200, 4 << 20  # that are looked at, at most
 LETTERS = 4.0  # a token, where there is no tokenizer at hand: English text, within a third
 STDLIB = (4000, 130.0)  # rows and tokens of 'stdlib', the standard library's docstrings
+IN_MEMORY = "batches in memory"
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Sample:
         return None if self.rows is None or self.tokens is None else self.rows * self.tokens
 
     def __str__(self) -> str:
+        if self.name == IN_MEMORY:
+            return self.name
         if self.rows is None or self.tokens is None:
             return f"{self.name}: a dataset on the hub, not looked at"
         about = "" if self.exact else "about "

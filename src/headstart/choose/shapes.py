@@ -25,7 +25,7 @@ class Matrix:
         count: of the stack; used: the share of tokens that pass through each of them.
         shares: the first matrix that multiplies the very same rows, by name.
         keeps: whether the forward pass keeps these rows anyway, so that a branch beside the weight costs none.
-        linear: whether "all-linear" means it.
+        linear: whether "all-linear" means it; convolution: whether it is one's kernel.
         calls: how often a pass goes through it, in passes over all tokens.
     """
 
@@ -38,6 +38,7 @@ class Matrix:
     keeps: bool = False
     linear: bool = True
     calls: float = 1.0
+    convolution: bool = False
 
     @property
     def size(self) -> int:
@@ -111,6 +112,11 @@ class Outline:
     dtype: str = "float32"
     quantised: str | None = None
     names: tuple[str, ...] = field(default=(), repr=False)
+
+    @property
+    def convolutional(self) -> bool:
+        """Whether most of its numbers are in convolutions."""
+        return 2 * sum(x.size for x in self.matrices if x.convolution) > sum(x.size for x in self.matrices)
 
     def flops(self, length: int) -> float:
         """Of one forward pass, for each token of a row of `length` tokens."""

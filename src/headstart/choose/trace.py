@@ -7,6 +7,7 @@ comes out of every matrix is counted instead.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -136,7 +137,7 @@ def _quantised(model: nn.Module) -> str | None:
 
 
 def _matrices(model: nn.Module, head: nn.Module | None) -> dict[str, Matrix]:
-    """Every Linear and Conv1D but the output embedding, and stacks of matrices in bare parameters."""
+    """Every Linear, Conv1D and convolution but the output embedding, and stacks of matrices in bare parameters."""
     found = {}
     for name, module in model.named_modules():
         if border.is_linear(module) and module is not head:
@@ -144,8 +145,12 @@ def _matrices(model: nn.Module, head: nn.Module | None) -> dict[str, Matrix]:
             m, n = reversed(weight.shape) if border.is_conv1d(module) else weight.shape
             found[name] = Matrix(name, m, n, name)
             continue
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            m, n = module.weight.shape[0] // module.groups, math.prod(module.weight.shape[1:])
+            found[name] = Matrix(name, m, n, name, module.groups, linear=False, convolution=True)
+            continue
         for own, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim == 3 and not isinstance(module, nn.Conv1d):
+            if parameter.ndim == 3:
                 e, m, n = parameter.shape
                 config: Any = getattr(model, "config", None)
                 used = min(1.0, int(getattr(config, "num_experts_per_tok", None) or e) / e)

@@ -1,14 +1,11 @@
-"""`--lr auto`: plain LoRA's rate, searched on the run's own data, times what the start makes of a step."""
+"""`--lr auto`: the rate that the start predicts, confirmed by short trial runs on the run's own data."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from headstart.lora.adapt import adapt, remove
-from headstart.lora.config import LoraConfig
-from headstart.lora.rate_search import search_rate
-from headstart.lora.rates import PLAIN_RANK, Rate
-from headstart.lora.report import InitReport
+from headstart.lora.rate_search import BATCHES, search_rate
+from headstart.lora.rates import Rate
 from headstart.tune import data
 from headstart.tune.calibration import batches
 from headstart.tune.recipe import RunConfig
@@ -16,37 +13,35 @@ from headstart.tune.recipe import RunConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from headstart.peft.model import ShellModel
+
 AUTO = "auto"
-BATCHES = 6
 
 
-def plain_rate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: data.Rows, config: RunConfig, lora: LoraConfig
-) -> Rate:
-    """What plain LoRA on the same layers wants; the model comes back as it was.
+def searched(model: ShellModel, tokenizer: PreTrainedTokenizerBase, rows: data.Rows, config: RunConfig) -> Rate:
+    """What fits the run's start, at a cost of `config.rate_steps`; the model comes back as it was.
 
     Raises:
         CalibrationError: as `headstart.search_rate`.
     """
-    plain = LoraConfig(
-        r=PLAIN_RANK,
-        lora_alpha=PLAIN_RANK,
-        clip_rank=True,
-        target_modules=lora.target_modules,
-        exclude_modules=lora.exclude_modules,
-        layers_to_transform=lora.layers_to_transform,
-        seed=lora.seed,
-    )
-    adapt(model, plain)
-    try:
-        return search_rate(model, batches(model, tokenizer, rows, config, BATCHES), batches=BATCHES)
-    finally:
-        remove(model)
+    near = model.init_reports["default"].learning_rate(steps=_steps(rows, config))
+    if not config.rate_steps:
+        return near
+    base = cast("PreTrainedModel", model.get_base_model())
+    seen = batches(base, tokenizer, rows, config, BATCHES)
+    found = search_rate(model, seen, near=near, steps=config.rate_steps)
+    return Rate(found, f"{found.reason}; the prediction is {near.reason}")
 
 
-def settled(config: RunConfig, plain: Rate, report: InitReport) -> RunConfig:
+def _steps(rows: data.Rows, config: RunConfig) -> int:
+    """How long the run will be, on one device and without packing."""
+    if config.steps is not None:
+        return config.steps
+    return max(1, round(len(rows.train) * config.epochs / config.batch_size / config.gradient_accumulation))
+
+
+def settled(config: RunConfig, rate: Rate) -> RunConfig:
     """The config with the number, and why."""
-    fits = report.learning_rate(plain)
-    why = f"rate {fits:.2e}: {fits.reason}; that one is {plain.reason}"
+    why = f"rate {rate:.2e}: {rate.reason}"
     advice = why if config.advice is None else f"{config.advice}; {why}"
-    return config.model_copy(update={"learning_rate": float(f"{fits:.3g}"), "advice": advice})
+    return config.model_copy(update={"learning_rate": float(f"{rate:.3g}"), "advice": advice})

@@ -106,8 +106,9 @@ class RunConfig(BaseModel):
     batch_size: Whole = _field("Training", "rows a forward pass, on each device", 8, ge=1)
     gradient_accumulation: Whole = _field("Training", "forward passes a step", 1, ge=1)
     learning_rate: Positive | Literal["auto"] = _field(
-        "Training", "peak rate of AdamW; auto: searched on the data, and fitted to the start", 2e-4
+        "Training", "peak rate of AdamW; auto: what the start predicts, confirmed by short trials on the data", 2e-4
     )
+    rate_steps: Whole = _field("Training", "what the trials of auto may cost, in training steps; 0 for none", 20, ge=0)
     lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt"] = _field(
         "Training", "how the rate falls", "cosine"
     )

@@ -22,7 +22,7 @@ from headstart.tune.auto import followed
 from headstart.tune.calibration import calibrated
 from headstart.tune.folder import Folder, read_metrics, write_folder
 from headstart.tune.plot import plot_losses
-from headstart.tune.rate import AUTO, plain_rate, settled
+from headstart.tune.rate import AUTO, searched, settled
 from headstart.tune.recipe import RunConfig
 from headstart.tune.trainer import Trainer, build_trainer, trainable_line
 from headstart.tune.watch import Interrupted, Interruption, Lines, Progress, Recorder
@@ -100,12 +100,11 @@ def run(config: RunConfig, say: Say = print, watchers: Sequence[TrainerCallback]
         known = calibrated(base, tokenizer, rows, config, lora, progress=is_main and sys.stderr.isatty())
         if known is not None:
             say(f"calibration: {known}")
-        plain = plain_rate(base, tokenizer, rows, config, lora) if config.learning_rate == AUTO else None
         model = get_peft_model(base, lora, calibration=known)
         del known  # Of no use any more, and as large as the adapter or larger.
         say(trainable_line(model))
-        if plain is not None:
-            config = settled(config, plain, model.init_reports["default"])
+        if config.learning_rate == AUTO:
+            config = settled(config, searched(model, tokenizer, rows, config))
             say(str(config.advice))
         if is_main:
             folder.check_space(_size_of(model))
