@@ -15,7 +15,6 @@ import gc
 import json
 import os
 import statistics
-import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -29,7 +28,6 @@ Call = Callable[[], object]
 Arm = Callable[[], Call]
 
 _RESET = Path("/proc/self/clear_refs")
-M_ARENA_MAX = -8  # of glibc's mallopt
 
 
 @dataclass(frozen=True)
@@ -129,19 +127,14 @@ def in_child(arm: Arm, warm: Arm | None = None) -> Cost:
     if child == 0:
         os.close(reader)
 
-        def tell() -> None:
-            try:
-                os.write(writer, json.dumps(dataclasses.astuple(_cost(arm, warm))).encode())
-            except BaseException:
-                traceback.print_exc()
-
         try:
-            # The team of threads that the parent's OpenMP knows did not come along; a new thread gathers its own. It
-            # takes its memory where the parent's main thread did: what other arenas free is not all given back.
-            ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
-            alone = threading.Thread(target=tell)
-            alone.start()
-            alone.join()
+            import torch
+
+            # The team of threads that the parent's OpenMP knows did not come along: whoever waits for it waits forever.
+            torch.set_num_threads(1)
+            os.write(writer, json.dumps(dataclasses.astuple(_cost(arm, warm))).encode())
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(0)
     os.close(writer)

@@ -169,7 +169,7 @@ def test_auto_where_plain_ranks_fit_takes_the_table_s_next_answer() -> None:
     batches = [torch.randn(64, 1024) for _ in range(10)]
     found = hs.auto(model, batches, loss=lambda model, x: model(x).square().mean(), steps=50, trials=0)
     assert (found.config.init_lora_weights, found.config.r) == ("lora_one", 8)
-    assert found.rate == found.adapter.learning_rate()
+    assert found.rate == found.adapter.learning_rate(steps=50)
     hs.remove(model)
     found = hs.auto(model, batches, loss=lambda model, x: model(x).square().mean(), steps=50, trials=0, sweep=8)
     assert (found.config.init_lora_weights, found.steps) == ("kaiming", 0)

@@ -32,7 +32,7 @@ TRIAL, JUDGES = 6, 2  # Steps of a trial; batches that judge it.
 COST = TRIAL + JUDGES / 3
 BATCHES = TRIAL + JUDGES
 APART = 3.0  # Between the rates of two trials.
-DOUBT = 0.05  # λ: the share of the loss that a rate twice as far from the prediction has to gain. Fitted.
+DOUBT = 0.07  # λ: the share of the loss that a rate twice as far from the prediction has to gain. Fitted.
 CLIFF = 0.5  # A trial that ends this share above the least fell off: how far says nothing, and nobody goes near it.
 CLIP = 1.0  # The norm at which trainers clip the gradient.
 

@@ -14,7 +14,7 @@ the rate that fits plain LoRA. That one is known (`base`), or guessed: it falls 
 
 How the two compare needs no training:
 
-    δ(start) / δ(plain),  both from the same E‖Δy‖²,  δ(plain) = base·steps/6,  their geometric mean over the layers
+    δ(start) / δ(plain),  both from the same E‖Δy‖²,  δ(plain) = base·steps/5,  their geometric mean over the layers
 
 E‖Ax‖²/E‖x‖² is taken from the layer's input moments where a calibration holds them, and from the weights alone
 (C = 1, ‖A‖²/n) where not: too small for a start that looks for the inputs' own directions. `benchmarks/rates` tests all
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from headstart.statistics import InputSpectrum, Moments
 
 PLAIN_RANK, PLAIN_SCALING = 16, 1.0
-# δ in rates: how far an entry gets, in steps of the peak rate. A sixth of the run, fitted to runs of 24 to 80 steps on
+# δ in rates: how far an entry gets, in steps of the peak rate. A fifth of the run, fitted to runs of 24 to 80 steps on
 # four tasks (docs/rates.md); outside these it is held at the nearest of them.
-STEPS_PER_TRAVEL, NEAREST, TRAVEL, FURTHEST = 6.0, 4.0, 12.0, 16.0
+STEPS_PER_TRAVEL, NEAREST, TRAVEL, FURTHEST = 5.0, 4.0, 12.0, 16.0
 PLAIN_TIMES_WIDTH = 1.3  # Fitted to short runs on four small models; 3.2e-4, about what is usual, at a width of 4096.
 
 
@@ -129,7 +129,7 @@ def travelled(steps: int | None = None) -> float:
     """How far an entry gets in a run of so many steps, in steps of the peak rate.
 
     Example:
-        >>> travelled(48), travelled(10_000), travelled()
+        >>> travelled(40), travelled(10_000), travelled()
         (8.0, 16.0, 12.0)
     """
     return TRAVEL if steps is None else min(max(steps / STEPS_PER_TRAVEL, NEAREST), FURTHEST)
