@@ -27,6 +27,12 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS, PAGES = ROOT / "benchmarks" / "results" / "evidence", ROOT / "docs" / "evidence"
 RANK, SEEDS = 16, 3
 ARMS = ("kaiming", "gaussian", "pissa", "olora", "milora", "eva", "lora_ga", "lora_one")
+TITLES = {
+    "trec": "Which start for MiniLM on kinds of questions?",
+    "mnist": "Which start for digits that lie on their side?",
+    "shakespeare": "Which start for Shakespeare, byte by byte?",
+    "mbpp": "Which start for SmolLM2 on small programs?",
+}
 LONG = ("mbpp", "gsm8k")  # A run takes a minute and more: fewer arms.
 FEW = ("kaiming", "pissa", "eva", "lora_one")
 
@@ -60,6 +66,7 @@ def compared(task: Task, storage: str) -> hs.Comparison:
 
     arms = {init: config(init) for init in (FEW if task.name in LONG else ARMS)}
     facts = {
+        **({"title": TITLES[task.name]} if task.name in TITLES else {}),
         "data": task.name,
         "batch_size": task.batch_size,
         "command": f"python -m benchmarks.rates.evidence --task {task.name}",
