@@ -577,3 +577,12 @@ def test_lr_auto_without_trials_is_the_prediction(recipe: Any) -> None:
 def test_lr_auto_is_for_adamw(recipe: Any) -> None:
     with pytest.raises(BadOption, match="auto is found for adamw"):
         recipe(learning_rate="auto", optimizer="preconditioned")
+
+
+def test_too_few_steps_for_a_search_of_the_rate_are_refused_before_anything_is_loaded() -> None:
+    from headstart.lora.rate_search import COST
+    from headstart.tune.recipe import TWO_TRIALS
+
+    assert math.ceil(2 * COST) == TWO_TRIALS
+    with pytest.raises(BadOption, match="two trials cost 14 steps"):
+        resolve({"model": "nowhere", "data": "nothing.jsonl", "learning_rate": "auto", "rate_steps": 5})

@@ -68,7 +68,7 @@ def _steps(config: RunConfig) -> int | None:
     rows = look(config.data).rows
     if rows is None:
         return None
-    return max(1, round(rows * config.epochs / config.batch_size / config.gradient_accumulation))
+    return config.steps_for(rows)
 
 
 def _memory() -> int | None:

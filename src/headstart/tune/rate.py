@@ -24,20 +24,13 @@ def searched(model: ShellModel, tokenizer: PreTrainedTokenizerBase, rows: data.R
     Raises:
         CalibrationError: as `headstart.search_rate`.
     """
-    near = model.init_reports["default"].learning_rate(steps=_steps(rows, config))
+    near = model.init_reports["default"].learning_rate(steps=config.steps_for(len(rows.train)))
     if not config.rate_steps:
         return near
     base = cast("PreTrainedModel", model.get_base_model())
     seen = batches(base, tokenizer, rows, config, BATCHES)
     found = search_rate(model, seen, near=near, steps=config.rate_steps)
     return Rate(found, f"{found.reason}; the prediction is {near.reason}")
-
-
-def _steps(rows: data.Rows, config: RunConfig) -> int:
-    """How long the run will be, on one device and without packing."""
-    if config.steps is not None:
-        return config.steps
-    return max(1, round(len(rows.train) * config.epochs / config.batch_size / config.gradient_accumulation))
 
 
 def settled(config: RunConfig, rate: Rate) -> RunConfig:

@@ -27,6 +27,8 @@ from pydantic_core import ErrorDetails
 
 from headstart.errors import BadAlpha, BadOption, BadRank, ConfigError, UnknownField, nearest
 
+TWO_TRIALS = 14  # Steps that the least search of a rate costs: `headstart.search_rate` has it in thirds.
+
 
 def _number(value: Any) -> Any:
     """A float as people write it: YAML 1.1 reads `1e-3` as text, and true is no number."""
@@ -141,6 +143,13 @@ class RunConfig(BaseModel):
             raise ValueError("learning_rate auto is found for adamw: pass a number")
         return value
 
+    @field_validator("rate_steps")
+    @classmethod
+    def _of_two_trials(cls, value: int) -> int:
+        if 0 < value < TWO_TRIALS:
+            raise ValueError(f"two trials cost {TWO_TRIALS} steps: pass as many, or 0 for the prediction alone")
+        return value
+
     @field_validator("lora_plus_ratio", "damping")
     @classmethod
     def _of_this_optimizer(cls, value: float, info: ValidationInfo) -> float:
@@ -148,6 +157,12 @@ class RunConfig(BaseModel):
         if value != cls.model_fields[str(info.field_name)].default and info.data.get("optimizer") != owner:
             raise ValueError(f"it belongs to --optimizer {owner}")
         return value
+
+    def steps_for(self, rows: int) -> int:
+        """How long a run over so many rows is, on one device and without packing."""
+        if self.steps is not None:
+            return self.steps
+        return max(1, round(rows * self.epochs / self.batch_size / self.gradient_accumulation))
 
     def lora(self) -> dict[str, Any]:
         """The keyword arguments of `headstart.LoraConfig`."""
