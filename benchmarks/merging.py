@@ -1,7 +1,8 @@
 """Merging on disk beside copying the same files and beside PEFT, and adapters into one beside PEFT.
 
 The checkpoint is a Llama's in bfloat16, of random numbers, in shards; the adapter is of rank 16 on every projection.
-Seconds on the clock count here, too: whoever merges waits for a disk. It uses all cores that OMP_NUM_THREADS allows:
+Seconds on the clock count there, too: whoever merges waits for a disk. It uses all cores that OMP_NUM_THREADS allows,
+where adapters are combined on one:
 
     OMP_NUM_THREADS=2 python -m benchmarks merging
 
@@ -46,8 +47,13 @@ WIDTHS = {"full": 2048, "quick": 1024, "toy": 64}
 def rows(scale: Scale) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as place:
         yield from _checkpoint(Path(place), scale)
-    with tempfile.TemporaryDirectory() as place:
-        yield from _adapters(Path(place), scale)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # Here CPU seconds count, and those of threads that wait for one another would, too.
+    try:
+        with tempfile.TemporaryDirectory() as place:
+            yield from _adapters(Path(place), scale)
+    finally:
+        torch.set_num_threads(threads)
 
 
 # ------------------------------------------------------------------ a checkpoint

@@ -161,6 +161,10 @@ def test_auto_leaves_the_model_as_it_was_where_it_fails(digits: list[tuple[Tenso
         hs.auto(model, "data.jsonl")
     with pytest.raises(BadOption, match="no batch"):
         hs.auto(model, [], loss=label_loss)
+    unread = iter(digits)
+    with pytest.raises(BadOption, match=r"trials is 5: two trials .* pass \d+ or more"):
+        hs.auto(model, unread, loss=label_loss, trials=5)
+    assert next(unread) is digits[0]
 
 
 def test_auto_where_plain_ranks_fit_takes_the_table_s_next_answer() -> None:

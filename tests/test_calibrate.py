@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import headstart as hs
 from headstart.errors import BadOption, CalibrationError, HeadstartError, MissingStatistic, NoSignal
 from headstart.inits.strategy import Factors, _registry, register
-from headstart.lora.config import targets
+from headstart.lora.targets import targets
 from headstart.statistics import Moments
 
 WIDTH = 12

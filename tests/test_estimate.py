@@ -27,7 +27,8 @@ from headstart.errors import BadOption, BadRank, FileError, NoTarget, UnknownFie
 from headstart.inits.small import on_a_small_matrix
 from headstart.lora.calibrate import calibrate
 from headstart.lora.calibration import size as calibrated_size
-from headstart.lora.config import LoraConfig, targets
+from headstart.lora.config import LoraConfig
+from headstart.lora.targets import targets
 
 LLAMA_7B = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,

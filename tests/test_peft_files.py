@@ -25,7 +25,7 @@ import headstart as hs
 from headstart.files.adapter import CONFIG, TENSORS, read_adapter
 from headstart.inits import get
 from headstart.lora.adapt import adapter_of
-from headstart.lora.config import matches_pattern
+from headstart.lora.targets import matches_pattern
 from headstart.testing import KINDS, Both, Case, Experts, Kind, train
 
 pytestmark = pytest.mark.filterwarnings("ignore")

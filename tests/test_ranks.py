@@ -16,7 +16,6 @@ from torch import nn
 
 import headstart as hs
 from headstart.errors import BadOption, MissingStatistic
-from headstart.lora.config import matches_pattern
 from headstart.lora.ranks import (
     Allocation,
     allocate,
@@ -25,6 +24,7 @@ from headstart.lora.ranks import (
     importance_of,
     in_proportion,
 )
+from headstart.lora.targets import matches_pattern
 from headstart.statistics import GradientSpectrum, GradientSum, Moments
 
 

@@ -12,7 +12,8 @@ from torch import nn
 
 import headstart as hs
 from headstart.errors import BadOption, BadRank, NoTarget, UnsupportedLayer
-from headstart.lora.config import LoraConfig, targets
+from headstart.lora.config import LoraConfig
+from headstart.lora.targets import targets
 
 Maker = Callable[[], nn.Module]
 Chosen = dict[str, tuple[int, float, float]]

@@ -22,7 +22,8 @@ from headstart.choose.shapes import Matrix, Outline, leaders
 from headstart.inits.small import on_a_small_matrix
 from headstart.lora import matrix
 from headstart.lora.adapt import Adapter, adapt
-from headstart.lora.config import LoraConfig, Target, targets
+from headstart.lora.config import LoraConfig
+from headstart.lora.targets import Target, targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

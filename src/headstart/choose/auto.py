@@ -23,9 +23,9 @@ from headstart.choose.recommendation import Advice
 from headstart.choose.samples import IN_MEMORY, Sample
 from headstart.errors import BadOption
 from headstart.lora.adapt import Adapter, adapt, remove
-from headstart.lora.calibrate import Loss
+from headstart.lora.calls import Loss
 from headstart.lora.config import LoraConfig
-from headstart.lora.rate_search import BATCHES, search_rate
+from headstart.lora.rate_search import BATCHES, check_trials, search_rate
 from headstart.lora.rates import Rate
 
 AUTO = "auto"
@@ -109,6 +109,8 @@ def auto(
     """
     if isinstance(data, str | Mapping | Tensor) or not isinstance(data, Iterable):
         raise BadOption(f"data is a {type(data).__name__}: pass an iterable of batches, as [batch]")
+    if trials:
+        check_trials(trials, "trials")
     seconds: dict[str, float] = {}
     with _timed("advice", seconds):
         advice = followed(model, steps=steps, **facts)

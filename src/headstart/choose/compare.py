@@ -31,7 +31,8 @@ from headstart.choose.trials.worker import Watch, Worker
 from headstart.errors import BadOption
 from headstart.lora import batches as reading
 from headstart.lora.adapt import check_plain
-from headstart.lora.config import LoraConfig, with_heads
+from headstart.lora.config import LoraConfig
+from headstart.lora.targets import with_heads
 
 Arms = Mapping[str, LoraConfig | str | bool] | Sequence[str]
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]

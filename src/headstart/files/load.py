@@ -17,9 +17,10 @@ from headstart.files.bases import check_bases, check_copy
 from headstart.files.peft_rules import ending_in, outputs_scaled
 from headstart.lora import adapt, matrix, quantized
 from headstart.lora.adapt import Adapter
-from headstart.lora.config import Holders, LoraConfig, Target, holders_of
+from headstart.lora.config import LoraConfig
 from headstart.lora.layers import Start
 from headstart.lora.report import InitReport
+from headstart.lora.targets import Holders, Target, holders_of
 
 
 def load(model: nn.Module, path: str | Path, *, trainable: bool = False, strict: bool = True) -> Adapter:

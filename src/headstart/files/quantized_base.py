@@ -19,9 +19,9 @@ from torch import Tensor
 from headstart.errors import KeyMismatch, MetaWeight, WrongBase
 from headstart.files.adapter import TAKEN, AdapterFile
 from headstart.lora import matrix, quantized, rebase
-from headstart.lora.config import Target
 from headstart.lora.quantized import Recipe
 from headstart.lora.rebase import Base
+from headstart.lora.targets import Target
 
 _SAMPLES = 16
 Bases = Mapping[str, tuple[Base, Callable[[], Tensor]]]

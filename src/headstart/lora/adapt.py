@@ -23,12 +23,13 @@ from headstart.errors import (
 from headstart.lora import matrix, quantized
 from headstart.lora.calibrate import calibrate
 from headstart.lora.calibration import Calibration
-from headstart.lora.config import Holders, LoraConfig, Target, holders_of, with_heads
+from headstart.lora.config import LoraConfig
 from headstart.lora.layers import LoraLayer, Start, TrainedModule, lora_layers, wrap
 from headstart.lora.layers.encoder import Switch, switches
 from headstart.lora.rates import Rate
 from headstart.lora.report import InitReport
 from headstart.lora.starts import prepare
+from headstart.lora.targets import Holders, Target, holders_of, with_heads
 
 _KEY = "_headstart_adapter"
 

@@ -9,29 +9,23 @@ Means are weighted by tokens, not by batches. The model comes back as it was, wh
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from headstart.errors import BadOption, CalibrationError, MissingStatistic, UnsupportedLayer
-from headstart.linalg import named_generator
+from headstart.errors import BadOption, CalibrationError, MissingStatistic
 from headstart.lora import batches as reading
-from headstart.lora import matrix, reduce
+from headstart.lora import reduce
 from headstart.lora.calibration import Calibration, Found, each, size, tensors
-from headstart.lora.config import LoraConfig, Target, targets
+from headstart.lora.calls import Calls, Loss
+from headstart.lora.config import LoraConfig
 from headstart.lora.observe import Observer, Sharing, is_called, undisturbed
-from headstart.statistics import GradientSpectrum, GradientSum, InputSpectrum, Moments, Squares
-
-Loss = Callable[[nn.Module, Any], Any]
-INPUTS = ("inputs", "preserved")
-GRADIENTS = ("gradient", "output_gradients", "output_squares")
-WIDTH = 4  # directions kept of a gradient for each rank of the adapter
+from headstart.lora.plan import GRADIENTS, Plan
 
 
 def calibrate(
@@ -75,7 +69,7 @@ def calibrate(
         (3, 24)
     """
     configs = [config] if isinstance(config, LoraConfig) else list(config)
-    plan = _Plan.of(model, configs, dense, exact_inputs)
+    plan = Plan.of(model, configs, dense, exact_inputs)
     if preserve is None and plan.asks("preserved"):
         raise MissingStatistic("this strategy weighs the data against what is to be preserved: pass preserve=")
     if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
@@ -122,115 +116,7 @@ class Seen:
         return self.loss / self.weight if self.weight else None
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What is collected where: every layer's needs, and the largest rank that asks for them."""
-
-    targets: Mapping[str, Target]
-    needs: Mapping[str, frozenset[str]]
-    ranks: Mapping[str, int]
-    seed: int
-    dense: bool
-    exact_inputs: bool
-
-    @classmethod
-    def of(cls, model: nn.Module, configs: Sequence[LoraConfig], dense: bool, exact_inputs: bool) -> _Plan:
-        chosen: dict[str, Target] = {}
-        needs: dict[str, frozenset[str]] = {}
-        ranks: dict[str, int] = {}
-        for config in configs:
-            for target in targets(model, config) if config.strategy.needs else ():
-                chosen[target.name] = target
-                needs[target.name] = needs.get(target.name, frozenset()) | set(config.strategy.needs)
-                ranks[target.name] = max(ranks.get(target.name, 0), target.layout.block_rank(target.rank))
-        if not chosen:
-            names = " and ".join(repr(config.strategy.name) for config in configs)
-            raise BadOption(f"{names} looks at no data: leave the calibration data out")
-        for name, target in chosen.items():
-            if needs[name] - {"gradient"} and (not is_called(target) or target.layout.kind == "embedding"):
-                raise UnsupportedLayer(
-                    f"the inputs of {name!r} are token ids, or are not seen because it is not called as a module: "
-                    "exclude it, or choose an init that needs its gradient alone"
-                )
-        return cls(chosen, needs, ranks, configs[0].seed, dense, exact_inputs)
-
-    def asks(self, *names: str) -> bool:
-        return any(needs & set(names) for needs in self.needs.values())
-
-    def empty(self, leaders: Mapping[str, str], device: torch.device | None = None) -> Found:
-        """Statistics of nothing, for every layer that runs; layers that are given the same inputs share theirs."""
-        running = {n: t for n, t in self.targets.items() if n in leaders or not is_called(t)}
-        found: Found = {name: {} for name in running}
-        for name, target in running.items():
-            followers = [n for n, leader in leaders.items() if leader == name]
-            shared = {need for n in followers for need in self.needs[n] & set(INPUTS)}
-            place = device or matrix.parameter_of(target.module, target.parameter).device
-            blocks = target.layout.blocks(matrix.outline(target.module, target.parameter))
-            for need in sorted(shared | (self.needs[name] - set(INPUTS))):
-                found[name][need] = [
-                    self._new(need, f"{name}:{i}", block, self.ranks[name], place) for i, block in enumerate(blocks)
-                ]
-        for name, leader in leaders.items():
-            target = self.targets[name]
-            count = len(target.layout.blocks(matrix.outline(target.module, target.parameter)))
-            for need in self.needs[name] & set(INPUTS):
-                own = found[leader][need]
-                # The parts of a fused projection multiply the same rows.
-                found[name][need] = own[:1] * count if target.layout.copies > 1 or len(own) != count else own
-        return found
-
-    def _new(self, need: str, name: str, block: Tensor, rank: int, device: torch.device) -> Any:
-        m, n = block.shape
-        generator = named_generator(self.seed, need, name)
-        if need == "gradient":
-            kind = GradientSum if self.dense else GradientSpectrum
-            return kind.empty(m, n, WIDTH * rank, generator, device)
-        if need == "output_gradients":
-            return Moments.empty(m, device)
-        if need == "output_squares":
-            return Squares.empty(m, device)
-        return (
-            Moments.empty(n, device) if self.exact_inputs else InputSpectrum.empty(n, WIDTH * rank, generator, device)
-        )
-
-
-class Calls:
-    """How a batch goes through the model, and its loss back where gradients are asked for."""
-
-    def __init__(self, model: nn.Module, loss: Loss | None, backward: bool, watched: Iterable[nn.Module]) -> None:
-        self.model, self.loss, self.backward = model, loss, backward
-        asked: Any = getattr(model, "get_output_embeddings", None)
-        head = asked() if callable(asked) else None
-        self.head_counts = any(module is head for module in watched)
-        self.device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
-
-    def forward(self, batch: Any) -> tuple[Tensor | None, float]:
-        """The mean loss, and the number of tokens that it is the mean of."""
-        batch = reading.moved(batch, self.device)
-        if self.loss is not None:
-            value = self.loss(self.model, batch)
-            return value if isinstance(value, tuple) else (value, float(reading.rows(batch)))
-        if isinstance(batch, Mapping):
-            output = self.model(**(batch if self.backward else self._without_loss(batch)))
-        else:
-            output = self.model(*batch) if isinstance(batch, tuple | list) else self.model(batch)
-        if not self.backward:
-            return None, 0.0
-        value = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-        if value is None:
-            raise CalibrationError("the model returns no loss: put labels into the batches, or pass loss=")
-        return value, reading.labelled(self.model, batch)
-
-    def _without_loss(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Without gradients nobody asks for a language model's loss, nor for its logits, which cost as much."""
-        if not hasattr(self.model, "main_input_name"):
-            return dict(batch)
-        takes = inspect.signature(self.model.forward).parameters
-        few = {"logits_to_keep": 1} if "logits_to_keep" in takes and not self.head_counts else {}
-        return {name: value for name, value in batch.items() if name != "labels"} | few
-
-
-def _probe(plan: _Plan, calls: Calls, first: Any) -> dict[str, str]:
+def _probe(plan: Plan, calls: Calls, first: Any) -> dict[str, str]:
     """Which layers run, and the layer that keeps the inputs of each."""
     observer = Observer({name: target for name, target in plan.targets.items() if is_called(target)})
     with observer.watching(), torch.no_grad():
@@ -246,7 +132,7 @@ class _Pass:
 
     def __init__(
         self,
-        plan: _Plan,
+        plan: Plan,
         found: Found,
         leaders: Mapping[str, str],
         calls: Calls,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from headstart.errors import AdapterState, BadOption, CalibrationError
 from headstart.lora import batches as reading
-from headstart.lora.calibrate import Calls, Loss
+from headstart.lora.calls import Calls, Loss
 from headstart.lora.observe import undisturbed
 
 STEPS = (16.0, 8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.125, 0.0625)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from headstart.errors import CalibrationError
 from headstart.lora import matrix
-from headstart.lora.config import Target
+from headstart.lora.targets import Target
 
 Take = Callable[[str, Tensor, Tensor], None]
 

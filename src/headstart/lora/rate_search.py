@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from headstart.errors import AdapterState, BadOption, CalibrationError
 from headstart.lora import batches as reading
 from headstart.lora import reduce
-from headstart.lora.calibrate import Calls, Loss
+from headstart.lora.calls import Calls, Loss
 from headstart.lora.observe import undisturbed
 from headstart.lora.rates import Rate
 
@@ -82,10 +82,7 @@ def tried(
     """The trials alone: the loss after each, by its rate. The arguments are those of `search_rate`."""
     if not 0 < near < math.inf:
         raise BadOption(f"near is {near!r}: pass the rate that the start predicts, adapter.learning_rate()")
-    if not 2 * COST <= steps < math.inf:
-        raise BadOption(
-            f"steps is {steps}: two trials of {COST:.1f} are the least, so pass {math.ceil(2 * COST)} or more"
-        )
+    check_trials(steps)
     factors = [p for name, p in model.named_parameters() if p.requires_grad and "lora_" in name]
     if not factors:
         raise AdapterState("no factor of this model trains: adapt it first, or load with trainable=True")
@@ -113,6 +110,18 @@ def tried(
     if not any(map(math.isfinite, losses.values())):
         raise CalibrationError(f"the loss on this data is not finite, not even at a rate of {min(losses):.0e}")
     return losses
+
+
+def check_trials(steps: float, field: str = "steps") -> None:
+    """Refuse a cost that pays for no search.
+
+    Raises:
+        BadOption: if it is less than two trials.
+    """
+    if not 2 * COST <= steps < math.inf:
+        raise BadOption(
+            f"{field} is {steps}: two trials of {COST:.1f} are the least, so pass {math.ceil(2 * COST)} or more"
+        )
 
 
 @contextmanager

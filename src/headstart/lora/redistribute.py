@@ -12,7 +12,7 @@ from headstart.errors import BadOption, MissingStatistic, nearest
 from headstart.linalg import named_generator
 from headstart.lora import matrix
 from headstart.lora.calibration import Calibration
-from headstart.lora.config import LoraConfig, Target, targets
+from headstart.lora.config import LoraConfig
 from headstart.lora.ranks import (
     Allocation,
     allocate,
@@ -21,6 +21,7 @@ from headstart.lora.ranks import (
     importance_of,
     in_proportion,
 )
+from headstart.lora.targets import Target, targets
 
 RULES = {"eva": "inputs", "gradient": "gradient", "gora": "gradient"}
 

@@ -20,11 +20,12 @@ from headstart.errors import (
 from headstart.inits.strategy import Factors
 from headstart.lora import matrix, rebase
 from headstart.lora.calibration import Calibration
-from headstart.lora.config import LoraConfig, Target, targets
+from headstart.lora.config import LoraConfig
 from headstart.lora.delta import Branch, NormCache, row_norms
 from headstart.lora.layers import Start
 from headstart.lora.rates import Reach
 from headstart.lora.report import InitReport, LayerReport
+from headstart.lora.targets import Target, targets
 
 _READABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -21,10 +21,11 @@ from headstart.files.adapter import read_adapter
 from headstart.files.load import plan_load
 from headstart.lora.adapt import check_plain, measured, trained_biases
 from headstart.lora.calibration import Calibration
-from headstart.lora.config import LoraConfig, Target, with_heads
+from headstart.lora.config import LoraConfig
 from headstart.lora.layers import Start
 from headstart.lora.report import InitReport
 from headstart.lora.starts import prepare
+from headstart.lora.targets import Target, with_heads
 from headstart.peft.checkpoint import fill
 from headstart.peft.config import own_config, peft_config
 from headstart.peft.inject import enter, injection

@@ -14,8 +14,9 @@ from torch import nn
 from headstart.errors import BadOption
 from headstart.files.fields import UNSERVED
 from headstart.lora import matrix
-from headstart.lora.config import LoraConfig, Target
+from headstart.lora.config import LoraConfig
 from headstart.lora.layers import Start
+from headstart.lora.targets import Target
 
 # Fields of PEFT's config that we do not serve: what no file may say, and what changes nothing in a file.
 _UNSERVED = (*UNSERVED, "ensure_weight_tying", "inference_mode")

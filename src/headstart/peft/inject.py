@@ -16,8 +16,8 @@ from torch import nn
 
 from headstart.errors import AdapterState, UnsupportedLayer
 from headstart.lora import quantized
-from headstart.lora.config import Target
 from headstart.lora.layers import Start
+from headstart.lora.targets import Target
 from headstart.peft.layers import ShellAttention, exchange
 
 # What PEFT warns of at injection, and what does not hold with our layers.

@@ -14,9 +14,10 @@ import peft
 from peft.utils import ModulesToSaveWrapper
 
 from headstart.lora.adapt import trained_biases
-from headstart.lora.config import LoraConfig, with_heads
+from headstart.lora.config import LoraConfig
 from headstart.lora.report import InitReport
 from headstart.lora.starts import prepare
+from headstart.lora.targets import with_heads
 from headstart.peft import checkpoint
 from headstart.peft.config import own_config, peft_config
 from headstart.peft.inject import enter, injection, unwrapped

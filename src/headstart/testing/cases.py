@@ -18,9 +18,10 @@ from headstart.errors import UnsupportedLayer
 from headstart.inits import strategy as registry
 from headstart.lora.calibrate import calibrate
 from headstart.lora.calibration import Calibration
-from headstart.lora.config import LoraConfig, Target, targets
+from headstart.lora.config import LoraConfig
 from headstart.lora.layers import Start
 from headstart.lora.starts import start_of
+from headstart.lora.targets import Target, targets
 from headstart.testing.kinds import Kind
 from headstart.testing.shells import NATIVE, Shell
 

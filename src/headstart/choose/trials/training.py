@@ -22,10 +22,11 @@ from headstart.choose.trials.order import Order, Train
 from headstart.errors import BadOption
 from headstart.lora import batches as reading
 from headstart.lora.adapt import Adapter, install, measured, remove
-from headstart.lora.config import LoraConfig, Target
+from headstart.lora.config import LoraConfig
 from headstart.lora.layers import Start
 from headstart.lora.report import InitReport
 from headstart.lora.starts import prepare
+from headstart.lora.targets import Target
 
 Loss = Callable[[nn.Module, Any], Any]
 MakeOptimizer = Callable[[nn.Module, float], Optimizer]

@@ -22,8 +22,8 @@ from headstart.errors import AdapterState, BadOption, BadRoute, nearest
 from headstart.lora.adapt import check_plain
 from headstart.lora.bank.held import Held, Site, hold
 from headstart.lora.bank.route import Route, first_dimensions
-from headstart.lora.config import Target
 from headstart.lora.layers import Start
+from headstart.lora.targets import Target
 
 if TYPE_CHECKING:
     from typing_extensions import Self

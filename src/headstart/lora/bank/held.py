@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from headstart.errors import UnsupportedLayer
 from headstart.lora import delta, matrix
-from headstart.lora.config import Target
 from headstart.lora.delta import Branch, NormCache
 from headstart.lora.layers import Start
 from headstart.lora.matrix import Layout
+from headstart.lora.targets import Target
 
 
 @dataclass(frozen=True)

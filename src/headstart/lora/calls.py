@@ -1,0 +1,51 @@
+"""How a batch goes through a model, and its loss back."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headstart.errors import CalibrationError
+from headstart.lora import batches as reading
+
+Loss = Callable[[nn.Module, Any], Any]
+
+
+class Calls:
+    """How a batch goes through the model, and its loss back where gradients are asked for."""
+
+    def __init__(self, model: nn.Module, loss: Loss | None, backward: bool, watched: Iterable[nn.Module]) -> None:
+        self.model, self.loss, self.backward = model, loss, backward
+        asked: Any = getattr(model, "get_output_embeddings", None)
+        head = asked() if callable(asked) else None
+        self.head_counts = any(module is head for module in watched)
+        self.device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+
+    def forward(self, batch: Any) -> tuple[Tensor | None, float]:
+        """The mean loss, and the number of tokens that it is the mean of."""
+        batch = reading.moved(batch, self.device)
+        if self.loss is not None:
+            value = self.loss(self.model, batch)
+            return value if isinstance(value, tuple) else (value, float(reading.rows(batch)))
+        if isinstance(batch, Mapping):
+            output = self.model(**(batch if self.backward else self._without_loss(batch)))
+        else:
+            output = self.model(*batch) if isinstance(batch, tuple | list) else self.model(batch)
+        if not self.backward:
+            return None, 0.0
+        value = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        if value is None:
+            raise CalibrationError("the model returns no loss: put labels into the batches, or pass loss=")
+        return value, reading.labelled(self.model, batch)
+
+    def _without_loss(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Without gradients nobody asks for a language model's loss, nor for its logits, which cost as much."""
+        if not hasattr(self.model, "main_input_name"):
+            return dict(batch)
+        takes = inspect.signature(self.model.forward).parameters
+        few = {"logits_to_keep": 1} if "logits_to_keep" in takes and not self.head_counts else {}
+        return {name: value for name, value in batch.items() if name != "labels"} | few
