@@ -1,16 +1,20 @@
-"""The memory that `headstart.estimate` predicts beside the memory that a run takes: four models × four starts.
+"""The memory and the time that `headstart.estimate` predicts beside those of a run: four models × four starts.
 
 A run is: calibrate where the start looks at data, adapt, and two steps of AdamW with the model's own loss, on padded
 batches. Measured is the most that torch holds at once of what it allocates, from the profiler's events, and the
 weights; that is what a GPU counts as allocated, too. The resident set of a process is larger, by what its allocator
-keeps back.
+keeps back. Times are CPU seconds of one step, on one thread, without the profiler; what the start takes is noted.
 """
 
 from __future__ import annotations
 
 import functools
+import math
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
+from time import process_time
 from typing import Any
 
 import torch
@@ -46,7 +50,7 @@ def _row(subject: Subject, init: str) -> Row:
     model = subject.make()
     predicted = hs.estimate(
         model, init=init, r=RANK, batch_size=subject.tokens[0], max_length=subject.tokens[1], calibration_batches=2,
-        loss="whole", tflops=1.0,
+        loss="whole",
     )  # fmt: skip
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
     measured = weights + allocated(lambda: _train(model, subject, init))
@@ -56,21 +60,30 @@ def _row(subject: Subject, init: str) -> Row:
     work = f"{subject.name}, {subject.tokens[0]} × {subject.tokens[1]} tokens, {init}"
     parts = {name: getattr(predicted.memory, name) / 1e6 for name in ("weights", "activations", "loss", "init")}
     note = "ours is predicted, the other measured; of it " + ", ".join(f"{n} {v:.0f} MB" for n, v in parts.items())
-    return row(work, Cost(peak=peak), Cost(peak=measured), Target(also=also), note)
+    seconds: list[float] = []
+    _train(subject.make(), subject, init, seconds)
+    time = predicted.time
+    note += f"; start {time.init if time else math.nan:.2g} s for {seconds[0]:.2g}"
+    step = statistics.median(seconds[1:])
+    return row(work, Cost(time and time.step, peak), Cost(step, measured), Target(also=also), note)
 
 
-def _train(model: nn.Module, subject: Subject, init: str) -> None:
-    """A run, from the base to its second step."""
+def _train(model: nn.Module, subject: Subject, init: str, seconds: list[float] | None = None) -> None:
+    """A run, from the base to its second step; to its third, where the seconds of start and steps are asked for."""
     config = hs.LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights=init)
     options = {"loss": subject.loss} if subject.loss is not None and config.strategy.needs else {}
     data = _batches(model, subject) if config.strategy.needs else None
+    began = [process_time()]
     adapter = hs.adapt(model, config, data=data, **options)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-4)
-    for batch in _batches(model, subject):
+    for batch in _batches(model, subject, 2 if seconds is None else 3):
+        began.append(process_time())
         loss = subject.loss(model, batch) if subject.loss is not None else model.train()(**batch).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+    if seconds is not None:
+        seconds += [after - before for before, after in pairwise([*began, process_time()])]
 
 
 def _batches(model: nn.Module, subject: Subject, count: int = 2) -> Batches:
