@@ -72,6 +72,8 @@ def first_step(factors: strategy.Factors) -> str:
     """What a start does to the function."""
     if factors.anchored:
         return "kept (anchored)"
+    if factors.core is not None:
+        return "moves" if factors.core.any() else "kept (core = 0)"
     return "kept (B·A = 0)" if float((factors.B @ factors.A).norm()) < 1e-6 else "moves"
 
 
