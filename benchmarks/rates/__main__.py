@@ -44,7 +44,7 @@ def main() -> None:
         elif given.probe:
             attempt(bench, given.results)
         else:
-            runs = Runs(given.results / f"{name}.jsonl")
+            runs = Runs(given.results / f"{name}.jsonl", like=given.results / f"{family({'task': name})}.jsonl")
             for seed in given.seed or [0]:
                 for cell in cells(name, seed):
                     walk(bench, cell, runs)

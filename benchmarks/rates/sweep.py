@@ -64,9 +64,10 @@ def cells(task: str, seed: int = 0) -> Iterator[Cell]:
 class Runs:
     """The file of runs: {**cell, step of the grid, what came out}."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, like: Path | None = None) -> None:
         self.path = path
-        self.lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        self.lines = _lines(path)
+        self.others = _lines(like) if like else []  # Runs of a task that is alike, to begin near.
 
     def of(self, cell: Cell) -> dict[int, dict[str, Any]]:
         """Grid step → run."""
@@ -85,7 +86,11 @@ class Runs:
             apart = (line[name] != getattr(cell, name) for name in ("init", "task", "rank", "scaling"))
             return (*apart, line["loss"])
 
-        return min(self.lines, key=distance)["step"] if self.lines else 0  # type: ignore[no-any-return]
+        return min([*self.lines, *self.others], key=distance, default={"step": 0})["step"]  # type: ignore[no-any-return]
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def rate(step: int) -> float:
