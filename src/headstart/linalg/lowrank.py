@@ -76,16 +76,38 @@ def add_lowrank(
             summed = W.clone(memory_format=torch.contiguous_format)
             return summed.addmm_(B.to(W.dtype), A.to(W.dtype), alpha=scaling)
         out = torch.empty(W.shape, dtype=W.dtype, device=W.device)
+        into = _with_ties if W.dtype == torch.bfloat16 and W.device.type == "cpu" and W.numel() else _through_odd
         left, right = B.double() * scaling, A.double()
         wide = max(1, min(TILE[1], W.shape[1]))
         tall = TILE[0] * TILE[1] // wide
-        sums, odd = torch.empty(2, tall * wide, dtype=torch.float64, device=W.device)
-        for olds, a, news in zip(W.split(wide, 1), right.split(wide, 1), out.split(wide, 1), strict=True):
-            for old, b, new in zip(olds.split(tall), left.split(tall), news.split(tall), strict=True):
-                x, spare = (buffer[: old.numel()].view(old.shape) for buffer in (sums, odd))
-                # Through float32: torch casts float16 to float64 one number at a time.
-                new.copy_(_round_to_odd(x.copy_(old.float()).addmm_(b, a), spare))
+        spare = torch.empty(2, tall * wide, dtype=torch.float64, device=W.device)
+        for old, a, new in zip(W.split(wide, 1), right.split(wide, 1), out.split(wide, 1), strict=True):
+            into(new, old, left, a, tall, spare)
         return out
+
+
+def _through_odd(out: Tensor, W: Tensor, left: Tensor, right: Tensor, tall: int, spare: Tensor) -> None:
+    for new, old, b in zip(out.split(tall), W.split(tall), left.split(tall), strict=True):
+        x, odd = (buffer[: old.numel()].view(old.shape) for buffer in spare)
+        # Through float32: torch casts float16 to float64 one number at a time.
+        new.copy_(_round_to_odd(x.copy_(old.float()).addmm_(b, right), odd))
+
+
+def _with_ties(out: Tensor, W: Tensor, left: Tensor, right: Tensor, tall: int, spare: Tensor) -> None:
+    """Through float32, which rounds twice and is half the work; what that may have spoilt is done again.
+
+    The second rounding is wrong only where it meets a tie: where the lower half of a float32 number is 0x8000, by
+    chance one number in 65,536. Asking which rows those are would make another device wait.
+    """
+    least = torch.empty(len(W), dtype=torch.int32)
+    for new, old, b, low in zip(out.split(tall), W.split(tall), left.split(tall), least.split(tall), strict=True):
+        x = spare[0, : old.numel()].view(old.shape)
+        y, halves = spare[1].view(torch.float32).split(spare.shape[1])
+        y, halves = y[: old.numel()].view(old.shape), halves[: old.numel()].view(old.shape).view(torch.int32)
+        new.copy_(y.copy_(x.copy_(old).addmm_(b, right)))
+        torch.amin(torch.bitwise_left_shift(y.view(torch.int32), 16, out=halves), 1, out=low)
+    rows = (least == torch.iinfo(torch.int32).min).nonzero().flatten()
+    out[rows] = rounded(W[rows].double().addmm_(left[rows], right), W.dtype)
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
