@@ -26,7 +26,16 @@ from headstart.choose.recommendation import Advice
 from headstart.choose.rules import EXCLUSIONS, RULES, TUNED, Exclusion, Rule
 from headstart.choose.samples import Sample, look
 from headstart.choose.setting import Setting
-from headstart.errors import BadOption, BadRank, CalibrationError, DataError, FileError, HeadstartError, UnknownField
+from headstart.errors import (
+    BadOption,
+    BadRank,
+    CalibrationError,
+    DataError,
+    FileError,
+    HeadstartError,
+    NoTarget,
+    UnknownField,
+)
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 2,
@@ -95,6 +104,7 @@ def grid() -> Iterator[Facts]:
         names = [m.name for m in outline.matrices]
         for memory, data, preserve in itertools.product((None, 10**9), (None, SOME, FEW), (False, True)):
             yield Facts(outline, Setting(target_modules=names), memory, data=data, steps=100, preserve=preserve)
+    yield Facts(dataclasses.replace(outline_of(LLAMA), quantised="4bit"), quantised="4bit", data=SOME, steps=5000)
     # The second moments of a wide layer's inputs take more than its gradient does.
     yield Facts(outline_of(LARGE), memory=2 * 10**11, data=SOME, steps=100, trainable=1000)
 
@@ -187,6 +197,20 @@ def test_compare_takes_auto_as_an_arm_and_a_list_of_arms(digits: list[tuple[Tens
     assert list(_configs(nn.Sequential(nn.Linear(8, 8)), ["kaiming", "pissa"], 20)) == ["kaiming", "pissa"]
     with pytest.raises(BadOption, match="at least two names"):
         _configs(Convolutions(), ["kaiming", "kaiming"], 20)
+
+
+def test_auto_gives_what_is_to_be_preserved_to_the_start_that_protects_it() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64))
+    kept = [torch.randn(64, 64) * (torch.arange(64) < 48) for _ in range(4)]  # silent in its last sixteen inputs
+    batches = [torch.randn(64, 64) for _ in range(10)]
+    options: dict[str, Any] = {"loss": lambda model, x: (model(x) - x.sin()).square().mean(), "steps": 50, "r": 4}
+    found = hs.auto(model, batches, preserve=kept, trials=0, **options)
+    assert found.config.init_lora_weights == "lora_null"
+    assert found.adapter.layers()["0"].lora_A.weight[:, :48].abs().max() < 1e-5
+    hs.remove(model)
+    with pytest.raises(BadOption, match="preserve is a bool: pass an iterable of batches"):
+        hs.auto(model, batches, preserve=True, **options)
 
 
 # --- the table
@@ -321,6 +345,24 @@ def test_what_is_advised_fits() -> None:
     assert "DOES NOT FIT" in str(tight)
 
 
+def test_what_goes_beyond_a_limit_is_told() -> None:
+    advice = advise(LLAMA, trainable=10, timed=False)
+    assert f"{advice.best.estimate.trainable:,} numbers train, over the 10 that you named" in advice.notes[2]
+    assert any("takes ranks up to 512, and this is 1024" in n for n in advise(LLAMA, r=1024, serve="vllm").notes)
+
+
+def test_quantised_weights_are_those_of_a_checkpoint_that_is_quantised(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    asked = advise(tmp_path, SOME, steps=5000, quantised=True, timed=False)
+    assert asked.best.init == "qpissa"
+    assert asked.best.fields["init_options"] == {"original": str(tmp_path)}
+    assert {each.fields["model"] for each in asked.ranked} == {"QUANTISED"}
+    assert any("QUANTISED stands for a checkpoint" in note for note in asked.notes)
+    stored = advise({**LLAMA, "quantization_config": {"load_in_4bit": True}}, SOME, steps=5000, timed=False)
+    assert "original" in stored.ruled_out["qpissa"][0]  # codes alone do not tell what was lost
+    assert stored.best.fields["model"] == "MODEL"
+
+
 def test_a_rank_that_nobody_chose_trains_at_most_a_fiftieth() -> None:
     for config in (LLAMA, LARGE, MIXTURE):
         for each in advise(config, SOME, steps=100, timed=False).ranked:
@@ -358,6 +400,7 @@ def test_the_command_and_the_file_say_the_same(tmp_path: Path) -> None:
         advise(LLAMA, SOME, steps=100, memory="1GB", timed=False),
         advise(LLAMA, SOME, preserve=True, timed=False, target_modules=["q_proj", "v_proj"]),
         advise(LLAMA, steps=100, serve="sglang", timed=False),
+        advise(LLAMA, steps=100, target_modules=["q_proj"], timed=False),
     ]
     for each in (each for advice in known for each in advice.ranked):
         words = shlex.split(each.command)
@@ -372,7 +415,10 @@ def test_the_command_and_the_file_say_the_same(tmp_path: Path) -> None:
                 flags[name.removeprefix("no-").replace("-", "_")] = not name.startswith("no-")
         path = tmp_path / "c.yaml"
         path.write_text(each.yaml)
-        assert resolve({}, given(flags)) == resolve(read(path))
+        run = resolve({}, given(flags))
+        assert run.model_dump(exclude={"target_modules"}) == resolve(read(path)).model_dump(exclude={"target_modules"})
+        asked = [outline_of(LLAMA).chosen(kind) for kind in (run.target_modules, resolve(read(path)).target_modules)]
+        assert asked[0] == asked[1]
         config = each.lora_config()
         assert (config.strategy.name, config.r, config.use_rslora) == (
             each.init, each.fields["r"], each.fields["use_rslora"],
@@ -402,6 +448,9 @@ def test_an_encoder_is_given_a_config_and_no_command() -> None:
     assert best.command.startswith("hs.adapt(model, hs.LoraConfig(init_lora_weights='lora_one'")
     assert best.fields["exclude_modules"] == ["classifier"]  # two rows have no room for sixteen directions
     assert best.fields["max_length"] == 128
+    kept = advise(config, SOME, steps=100, r=16, preserve=True, timed=False)
+    ends = {each.init: each.command.rpartition("), ")[2] for each in kept.ranked}
+    assert (ends["lora_null"], ends["sc_lora"]) == ("data=preserved)", "data=batches, preserve=preserved)")
 
 
 def test_rates_follow_the_published_ratios() -> None:
@@ -419,6 +468,10 @@ def test_rates_follow_the_published_ratios() -> None:
         ({"init": "pissa"}, UnknownField, "that is what it finds"),
         ({"ranks": 3}, UnknownField, "no field 'ranks'"),
         ({"memory": "lots"}, BadOption, "write a size such as 16GB"),
+        ({"memory": -3}, BadOption, "memory is -3"),
+        ({"memory": True}, BadOption, "memory is True"),
+        ({"target_modules": "q_proj"}, NoTarget, r"text is an expression for whole names, so pass \['q_proj'\]"),
+        ({"target_modules": "["}, BadOption, "is no regular expression"),
         ({"serve": "vlm"}, BadOption, "did you mean 'vllm'"),
         ({"steps": 0}, BadOption, "steps is 0"),
         ({"sweep": "many"}, BadOption, "sweep is 'many'"),

@@ -623,6 +623,39 @@ def test_the_wrong_moment_is_refused(
         act(adapted, folder)
 
 
+def test_a_wrapped_model_is_served_where_its_adapter_is_and_not_adapted_under_other_names(tmp_path: Path) -> None:
+    wrapped = torch.compile(net(), backend="eager")
+    with pytest.raises(AdapterState, match="OptimizedModule wraps the model: adapt it first"):
+        hs.adapt(wrapped, config())
+    model = net()
+    adapter = hs.adapt(model, config(init_lora_weights="pissa"))
+    wrapped = torch.compile(model, backend="eager")
+    hs.save(wrapped, tmp_path)
+    assert list(hs.load(net(), tmp_path).layers()) == list(adapter.layers())
+    hs.merge(wrapped, reversible=True)
+    hs.unmerge(wrapped)
+    hs.remove(wrapped)
+    with pytest.raises(AdapterState, match="has no adapter"):
+        hs.remove(model)
+
+
+def test_our_peft_model_is_sent_to_its_own_methods(tmp_path: Path) -> None:
+    model = headstart.peft.get_peft_model(net(), config(), init="pissa")
+    with refused(model, AdapterState, "carries PEFT layers"):
+        hs.adapt(model, hs.LoraConfig(r=2))
+    for act in (hs.merge, hs.remove, lambda model: hs.save(model, tmp_path)):
+        with refused(model, AdapterState, "this is a PeftModel", "save_pretrained"):
+            act(model)
+
+
+def test_weights_that_are_not_loaded_are_not_merged() -> None:
+    with torch.device("meta"):
+        model = net()
+    hs.adapt(model, config())
+    with pytest.raises(MetaWeight, match="is not loaded: load the model before you merge"):
+        hs.merge(model)
+
+
 @pytest.mark.parametrize("act", [hs.merge, hs.unmerge, hs.remove, lambda model: hs.save(model, "anywhere")])
 def test_without_an_adapter_there_is_nothing_to_do(act: Callable[[nn.Module], object]) -> None:
     model = net()

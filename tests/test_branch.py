@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -615,3 +616,26 @@ def test_both_routes_of_the_large_product_are_the_equations(dtype, options, drop
         transposed,
         torch.device("cpu"),
     )
+
+
+@pytest.mark.parametrize("anchored", [False, True])
+def test_a_float64_layer_with_float32_factors_computes_in_float64(anchored):
+    from torch import nn
+
+    from headstart import LoraConfig, adapt, merge
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 8)).double().eval()
+    x, base = torch.randn(5, 12, dtype=torch.float64), copy.deepcopy(model)
+    init = "pissa" if anchored else "random"
+    adapter = adapt(model, LoraConfig(r=2, lora_alpha=3, target_modules=["0"], init_lora_weights=init))
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter += torch.randn_like(parameter) / 10
+    (found,) = adapter.layers().values()
+    A, B = (factor.detach().double() for factor in found.factors)
+    change = B @ A if found.anchor is None else B @ A - found.anchor[1].double() @ found.anchor[0].double()
+    exact = base(x) + 1.5 * x @ change.T
+    assert_close(model(x), exact, rtol=0, atol=1e-14)
+    merge(model)
+    assert_close(model(x), exact, rtol=0, atol=1e-14)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import itertools
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import headstart as hs
-from headstart.errors import BadOption, CalibrationError, HeadstartError, MissingStatistic, NoSignal
+from headstart.errors import (
+    AdapterState,
+    BadOption,
+    CalibrationError,
+    FileError,
+    HeadstartError,
+    MetaWeight,
+    MissingStatistic,
+    NoSignal,
+)
 from headstart.inits.strategy import Factors, _registry, register
 from headstart.lora.targets import targets
 from headstart.statistics import Moments
@@ -399,6 +410,43 @@ def test_bad_input_is_named_and_changes_nothing(case: str) -> None:
     with pytest.raises(error, match=words):
         hs.adapt(model, config("see_gradient"), **given)
     assert same(state(model), before)
+
+
+def test_a_calibration_of_another_model_is_refused(tmp_path: Path) -> None:
+    def net(*widths: int) -> nn.Module:
+        return nn.Sequential(*(nn.Linear(m, n) for m, n in itertools.pairwise(widths)))
+
+    def fits(m: nn.Module, x: Tensor) -> Tensor:
+        return m(x).square().mean()
+
+    data, made = [torch.randn(8, 6)], hs.LoraConfig(r=2, init_lora_weights="see_all", target_modules=["0", "1"])
+    found = hs.calibrate(net(6, 8, 4), made, data, preserve=data, loss=fits)
+    for name, widths, words in (
+        ("see_inputs", (6, 9, 4), r"'inputs' of '1' is of size 8, and the weight here is 4 × 9"),
+        ("see_gradient", (6, 8, 5), r"'gradient' of '1' is of size \(4, 8\), and the weight here is 5 × 8"),
+        ("see_all", (5, 8, 4), r"of '0' is of size 6, and the weight here is 8 × 5"),
+    ):
+        model = net(*widths)
+        before = state(model)
+        with pytest.raises(MissingStatistic, match=words):
+            hs.adapt(model, dataclasses.replace(made, init_lora_weights=name), calibration=found)
+        assert same(state(model), before)
+    hs.adapt(net(6, 8, 4), made, calibration=found)
+    with pytest.raises(FileError, match="cannot read a calibration"):
+        hs.Calibration.load(tmp_path / "gone")
+
+
+def test_what_cannot_be_calibrated_is_named() -> None:
+    with pytest.raises(BadOption, match="no config is given"):
+        hs.calibrate(Network(), [], batches())
+    with torch.device("meta"):
+        hollow = Network()
+    with pytest.raises(MetaWeight, match="the weights of 'q' are not loaded"):
+        hs.calibrate(hollow, config("see_inputs"), batches())
+    adapted = nn.Sequential(nn.Linear(4, 4))
+    hs.adapt(adapted, hs.LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(AdapterState, match="calibrate before you adapt"):
+        hs.calibrate(adapted, hs.LoraConfig(r=2, target_modules=["0"], init_lora_weights="eva"), [torch.ones(4, 4)])
 
 
 def test_data_for_a_strategy_that_takes_none_is_refused() -> None:

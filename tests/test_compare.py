@@ -27,7 +27,7 @@ from headstart.choose.trials.halving import Ladder
 from headstart.choose.trials.intervals import differences
 from headstart.choose.trials.order import Order
 from headstart.choose.trials.plan import Plan, Timing, fitted, seconds_of
-from headstart.errors import AdapterFormatError, BadOption, CalibrationError, FileError, HeadstartError
+from headstart.errors import AdapterFormatError, BadOption, CalibrationError, DataError, FileError, HeadstartError
 
 pytest.importorskip("optuna", reason="comparisons need the extra headstart[compare]")
 pytest.importorskip("scipy", reason="comparisons need the extra headstart[compare]")
@@ -349,6 +349,22 @@ def test_what_is_forgotten_is_measured() -> None:
         compared(arms)
 
 
+@pytest.mark.parametrize("options", [{"init_lora_weights": "lora_null", "init_options": {"mode": "frozen"}},
+                                     {"init_lora_weights": "corda", "init_options": {"mode": "kpm"}}])  # fmt: skip
+def test_a_start_that_protects_looks_at_what_is_to_be_preserved(options: dict[str, Any]) -> None:
+    config, model = hs.LoraConfig(r=4, **options), network()
+    data = task(model)
+    kept = [(x * torch.linspace(0.1, 3, 24), model(x)) for x in torch.randn(8, 16, 24)]
+    found = training.start_of(training.Setting(model, loss, data, kept, 4), config, seed=1, draw=0).starts[0][1].A
+    wanted, other = (
+        hs.adapt(network(), config, data=seen, loss=loss).layers()["0"].lora_A.weight for seen in (kept, data)
+    )
+    torch.testing.assert_close(found, wanted.detach())
+    assert not torch.allclose(found, other, atol=1e-2)
+    with pytest.raises(BadOption, match="not to be forgotten"):
+        compared({"plain": PLAIN, "protects": config})
+
+
 # --- time, and interruptions
 
 
@@ -595,3 +611,6 @@ def test_the_command_compares_and_goes_on(checkpoint: Path, tmp_path: Path, caps
         answer({**given, "steps": 5})
     with pytest.raises(BadOption, match="at least two starts"):
         answer({**given, "inits": "kaiming", "out": str(tmp_path / "other")})
+    data.write_text("".join(json.dumps({"prompt": "word " * 99, "completion": str(i)}) + "\n" for i in range(40)))
+    with pytest.raises(DataError, match="no row has a token to learn within max_length=64"):
+        answer({**given, "preserve": None, "out": str(tmp_path / "other")})

@@ -212,3 +212,11 @@ def test_a_function_is_shown_without_its_docstring() -> None:
 )
 def test_the_first_sentence(docstring: str, sentence: str) -> None:
     assert docstrings.first_sentence(docstring) == sentence
+
+
+def test_what_is_not_read_and_what_touches_is_told(tmp_path: Path) -> None:
+    rows = [{"instruction": "Double it.", "input": str(i), "output": str(2 * i), "id": i} for i in range(3)]
+    told = str(data.prepare(recipe(jsonl(tmp_path / "a.jsonl", rows)), None))  # type: ignore[arg-type]
+    assert "of its columns 'instruction', 'output' (not 'input')" in told
+    assert "nothing stands between prompt and completion ('Double it.0')" in told
+    assert str(data.prepare(recipe(jsonl(tmp_path / "b.jsonl", PAIRS)), None)).endswith("loss on the completion")  # type: ignore[arg-type]

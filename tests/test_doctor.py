@@ -460,6 +460,50 @@ def test_mlx_and_kohya_files_are_known(made: Made, tmp_path: Path) -> None:
     assert inspect(file).layers[0].norm == pytest.approx(0.5 * float((B @ A).norm()), rel=1e-5)
 
 
+def test_a_file_for_a_pipeline_of_diffusers_is_known_by_its_names(tmp_path: Path) -> None:
+    A, B = torch.randn(4, 32), torch.randn(48, 4)
+    for part in ("transformer.single_transformer_blocks.0.attn.to_q", "unet.mid_block.attn1.to_q"):
+        file = tmp_path / "flux.safetensors"
+        save_file({f"{part}.lora_A.weight": A, f"{part}.lora_B.weight": B}, file)
+        found = doctor(file)
+        assert (found.survey.dialect.name, found.survey.place) == ("diffusers", file)
+        assert found.healthy
+        assert found["diffusers"].verdict is Verdict.LOADS
+    gpt2 = "transformer.h.0.attn.c_attn"
+    save_file({f"{gpt2}.lora_A.weight": A, f"{gpt2}.lora_B.weight": B}, file)
+    assert doctor(file).survey.dialect.name == "PEFT"
+
+
+@pytest.mark.parametrize("part", ["hada_w1_a", "lokr_w1"])
+def test_another_method_is_called_one(part: str, tmp_path: Path) -> None:
+    save_file(
+        {f"lora_unet_x.{part}": torch.randn(4, 4), "lora_unet_x.alpha": torch.ones(())}, tmp_path / "x.safetensors"
+    )
+    found = doctor(tmp_path / "x.safetensors")
+    assert "LoHa, LoKr" in found.faults[0].what
+    assert found["kohya"].verdict is Verdict.REFUSES
+
+
+def test_what_is_named_as_a_repair_can_be_done(made: Made, tmp_path: Path) -> None:
+    """An export that would be refused is no repair."""
+    for name in ("dora", "saved", "narrow"):
+        folder = made.folder(name)
+        lorax = doctor(folder, base_name="BASE")["lorax"]
+        portable = any("--profile portable" in finding.repair for finding in lorax.findings)
+        assert lorax.findings
+        assert portable == (name == "narrow")
+        if not portable:
+            assert any(finding.repair == f"headstart merge BASE {folder} --out merged/" for finding in lorax.findings)
+            with pytest.raises(HeadstartError):
+                hs.export(folder, tmp_path / "fixed")
+    stated = changed(made.copied("plain", tmp_path / "stated"), r=4)
+    repairs = [finding.repair for finding in doctor(stated)["peft"].findings]
+    assert any("rank into the config" in repair for repair in repairs)
+    cut = made.copied("plain", tmp_path / "cut")
+    (cut / TENSORS).write_bytes((cut / TENSORS).read_bytes()[:999])
+    assert doctor(cut)["mlx"].findings[0].repair == ""
+
+
 # ------------------------------------------------------------------ the wrong base
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -150,6 +151,12 @@ def test_other_architectures_are_traced() -> None:
     assert predicted == pytest.approx(sum(passed(model).values()), rel=0.05)
     own = predict(outline_of(config.to_dict()), setting)
     assert own.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_what_two_modules_share_is_counted_once() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(**BERT, architectures=["BertForMaskedLM"])
+    assert outline_of(config).parameters == sum(p.numel() for p in transformers.BertForMaskedLM(config).parameters())
 
 
 def test_a_trace_and_a_count_agree() -> None:
@@ -310,6 +317,15 @@ def test_every_setting_moves_what_it_should() -> None:
     assert estimate(LLAMA_7B, dtype="float32", timed=False).memory.weights == 2 * plain.memory.weights
 
 
+def test_a_quantised_form_beside_float_weights_is_counted() -> None:
+    outline = outline_of(LLAMA_7B)
+    held = 2 * sum(matrix.size for matrix in outline.chosen("all-linear"))
+    plain, beside = (estimate(LLAMA_7B, init=init, timed=False).memory.weights for init in ("kaiming", "qpissa"))
+    assert beside - plain == held
+    stored = [estimate(LLAMA_7B, init=i, quantised="4bit", timed=False).memory.weights for i in ("kaiming", "loftq")]
+    assert stored[0] == stored[1]
+
+
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
@@ -325,6 +341,8 @@ def test_every_setting_moves_what_it_should() -> None:
         ({"target_modules": ["q_prj"]}, NoTarget, "did you mean 'q_proj'"),
         ({"exclude_modules": r".*_proj"}, NoTarget, "widen target_modules"),
         ({"tflops": -1}, BadOption, "tflops is -1"),
+        ({"tflops": math.inf}, BadOption, "tflops is inf"),
+        ({"target_modules": "["}, BadOption, "is no regular expression"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(fields: dict[str, Any], error: type[Exception], message: str) -> None:

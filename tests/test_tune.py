@@ -23,6 +23,7 @@ from headstart.errors import (
     ConfigError,
     DataError,
     FileError,
+    MissingStatistic,
     NoTarget,
     UnknownField,
     UnknownInit,
@@ -129,12 +130,22 @@ def test_what_people_write_in_yaml(tmp_path: Path) -> None:
     path.write_text("model: m\ndata: d\nlearning_rate: 1e-3\ninit_lora_weights: true\ntarget_modules: [q_proj]\n")
     config = resolve(read(path), {"init": "pissa"})
     assert (config.learning_rate, config.init, config.target_modules) == (1e-3, "pissa", ["q_proj"])
+    named = resolve({"model": "m", "data": "d", "target_modules": "c_attn", "exclude_modules": r".*\.0\..*"})
+    assert (named.target_modules, named.exclude_modules) == (["c_attn"], r".*\.0\..*")
     for text, message in (("r: [", "no YAML"), ("- 3", "holds list"), ("3: 4", "holds dict")):
         path.write_text(text)
         with pytest.raises(ConfigError, match=message):
             read(path)
     with pytest.raises(ConfigError, match="no config file"):
         read(tmp_path / "gone.yaml")
+
+
+@pytest.mark.parametrize("given", ["head", ["head"], "head,embed"])
+def test_one_module_to_save_is_a_list_of_one(given: str | list[str]) -> None:
+    from headstart import LoraConfig
+
+    config = resolve({"model": "m", "data": "d", "modules_to_save": given})
+    assert LoraConfig(**config.lora()).modules_to_save == (["head", "embed"] if given == "head,embed" else ["head"])
 
 
 def test_a_resolved_config_reads_back_as_itself(tmp_path: Path) -> None:
@@ -400,6 +411,29 @@ def test_a_run_that_cannot_start_writes_nothing(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"data": "gone.jsonl"}, DataError, "no data at"),
+        ({"init": "eva", "calibration": "gone.csv"}, DataError, "no data at"),
+        ({"init": "pissa", "calibration": "stdlib"}, BadOption, "'pissa' has no use for --calibration"),
+        ({"init": "eva", "preserve": "stdlib"}, BadOption, "'eva' has no use for --preserve"),
+        ({"init": "sc_lora"}, MissingStatistic, "pass --preserve"),
+        ({"init": "lora_sb", "optimizer": "lora_plus"}, BadOption, "is for factors, and init 'lora_sb' trains"),
+        ({"report_to": ["wandbb"]}, BadOption, "report_to names 'wandbb', which is not installed"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_refuses_before_it_loads_anything(
+    fields: dict[str, Any], error: type[Exception], message: str, recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from headstart.tune.memory import forecast
+
+    monkeypatch.delattr(models, "load")
+    for act in (forecast, tune):
+        with pytest.raises(error, match=message):
+            act(recipe(**fields))
+
+
 def test_a_disk_that_is_too_small_is_told_before_training(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
     from collections import namedtuple
@@ -416,6 +450,7 @@ def test_a_checkpoint_of_another_folder_may_be_gone_on_from(recipe: Any, tmp_pat
     checkpoint = str(tmp_path / "run" / "checkpoints" / "checkpoint-2")
     finished = run(recipe(output=str(tmp_path / "other"), resume=checkpoint, steps=8, log_every=50), SILENT)
     assert (finished.steps, finished.held_out_before) == (8, None)
+    assert finished.tokens > 0  # what the run came to is logged at its end, whatever log_every is
     assert Folder(tmp_path / "other").recorded().resume is None
 
 
@@ -460,13 +495,14 @@ def test_a_gguf_is_unpacked_once_into_an_ordinary_model(tmp_path: Path, monkeypa
 # --- memory
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("init", ["kaiming", "pissa", "mica"])
-def test_the_forecast_counts_what_the_run_has(init: str, recipe: Any) -> None:
+def test_the_forecast_counts_what_the_run_has(init: str, use_dora: bool, recipe: Any) -> None:
     from headstart import LoraConfig
     from headstart.peft import get_peft_model
     from headstart.tune.memory import forecast
 
-    config = recipe(init=init, max_length=16)
+    config = recipe(init=init, max_length=16, use_dora=use_dora)
     found = forecast(config)
     base = models.load(models.find(config.model))
     weights = sum(p.numel() * 4 for p in base.parameters())
@@ -474,14 +510,17 @@ def test_the_forecast_counts_what_the_run_has(init: str, recipe: Any) -> None:
     assert (found.trainable, found.total) == model.get_nb_trainable_parameters()
     assert found.memory.weights == weights
     assert found.memory.adam == 2 * found.memory.gradients == 8 * found.trainable
-    assert found.memory.adapter == (2 if init == "pissa" else 1) * 4 * (found.total - weights // 4)
+    factors = sum(p.numel() for name, p in model.named_parameters() if "lora_A" in name or "lora_B" in name)
+    anchors = factors if init == "pissa" else 0
+    assert found.memory.adapter == 4 * (found.total - weights // 4 + anchors)
 
 
-def test_the_traced_activations_are_those_that_a_real_pass_keeps(recipe: Any) -> None:
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_the_traced_activations_are_those_that_a_real_pass_keeps(use_dora: bool, recipe: Any) -> None:
     from headstart import LoraConfig, adapt
     from headstart.tune.memory import forecast
 
-    config = recipe(max_length=24, batch_size=3)
+    config = recipe(max_length=24, batch_size=3, use_dora=use_dora)
     base = models.load(models.find(config.model))
     adapt(base, LoraConfig(**config.lora()))
     kept: dict[int, int] = {}

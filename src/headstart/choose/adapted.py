@@ -112,7 +112,7 @@ def attach(model: nn.Module, lora: LoraConfig) -> tuple[Adapter, int]:
     Which factors train, and whether there are anchors, the start that was asked for says of a small matrix.
     """
     asked = on_a_small_matrix(lora.strategy, lora.options)
-    adapter = adapt(model, dataclasses.replace(lora, init_lora_weights="kaiming", init_options={}))
+    adapter = adapt(model, dataclasses.replace(lora, init_lora_weights="kaiming", init_options={}, use_dora=False))
     anchors = 0
     for layer in adapter.layers().values():
         for letter, factor in zip("AB", layer.factors, strict=True):
@@ -120,6 +120,9 @@ def attach(model: nn.Module, lora: LoraConfig) -> tuple[Adapter, int]:
             anchors += _bytes([factor]) if asked.anchored else 0
         if asked.core is not None:
             layer.lora_core = nn.Parameter(layer.factors[0].new_empty(1, layer.rank, layer.rank))
+        if lora.use_dora:
+            rows = layer.original.shape[1 if layer.layout.transposed else 0]
+            layer.lora_magnitude_vector = nn.Parameter(layer.factors[0].new_empty(rows))
         if asked.base is not None:
             anchors += _bytes([layer.original])
     return adapter, anchors

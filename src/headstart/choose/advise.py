@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from headstart.choose import costs
 from headstart.choose.estimate import predict
-from headstart.choose.facts import CONDITIONS, PROPERTIES, Facts
+from headstart.choose.facts import CONDITIONS, PROPERTIES, Engine, Facts
 from headstart.choose.fitting import fitted
 from headstart.choose.machine import Speed, bytes_of, duration, size, speed
 from headstart.choose.outlines import outline_of
@@ -86,7 +86,7 @@ def advise(
     facts = Facts(
         outline=outline,
         setting=setting,
-        memory=None if memory is None else memory if isinstance(memory, int) else bytes_of(memory),
+        memory=_limit(memory),
         quantised=setting.quantised,
         data=seen,
         steps=steps,
@@ -99,6 +99,12 @@ def advise(
     named = {"model": model if isinstance(model, str | Path) else "MODEL", "data": data, "preserve": preserve}
     words = {name: str(value) for name, value in named.items() if isinstance(value, str | Path)}
     return advised(facts, words, speed(setting.dtype, tflops) if timed else None)
+
+
+def _limit(memory: int | str | None) -> int | None:
+    if isinstance(memory, bool) or (isinstance(memory, int) and memory < 1):
+        raise BadOption(f"memory is {memory!r}: give bytes, or a size such as '16GB'")
+    return memory if memory is None or isinstance(memory, int) else bytes_of(memory)
 
 
 def _look(data: str | Path | Sample | None, model: Any) -> Sample | None:
@@ -161,6 +167,10 @@ def _recommendation(
     alpha, rslora, s = _scaling(chosen["scaling"], setting.r, facts)
     lr = rate_of(rule.choose, setting.r, s, facts.outline.hidden, facts.planned_steps)
     fields: dict[str, Any] = {"model": words["model"], "data": words["data"], "init": rule.choose}
+    if _quantised_elsewhere(facts):
+        fields["model"] = "QUANTISED"
+        if costs.start_of(rule.choose).base:
+            fields["init_options"] = {"original": words["model"] if Path(words["model"]).is_dir() else "ORIGINAL"}
     fields |= {name: _filled(value, words) for name, value in extra.items()}
     fields |= {"r": setting.r, "lora_alpha": alpha, "use_rslora": rslora, "target_modules": setting.target_modules}
     if setting.exclude_modules is not None:
@@ -180,6 +190,11 @@ def _recommendation(
     return Recommendation(rule.choose, rule.because, rule.source, rule.confidence, choices, lr, estimate, fits, fields)
 
 
+def _quantised_elsewhere(facts: Facts) -> bool:
+    """Whether the run needs another checkpoint than the one that was looked at: weights are taken as they are."""
+    return facts.quantised is not None and facts.outline.quantised is None and facts.outline.causal
+
+
 def _scaling(rule: Rule, r: int, facts: Facts) -> tuple[float, bool, float]:
     """α, whether rsLoRA, and s."""
     s = ALPHA / math.sqrt(r)
@@ -196,6 +211,16 @@ def _filled(value: Any, words: dict[str, str]) -> Any:
     return value.format(preserve=words.get("preserve", "PRESERVE")) if isinstance(value, str) else value
 
 
+def _served(engine: Engine, best: Recommendation) -> Iterator[str]:
+    """What an engine is to be told of the rank, or cannot take."""
+    rank = best.fields["r"] * (2 if costs.start_of(best.init).anchored else 1)
+    if engine.rank is not None and rank > engine.rank:
+        yield f"the engine takes ranks up to {engine.rank}, and this is {rank}: headstart export --rank {engine.rank}"
+    elif engine.note:
+        known = [8, 16, 32, 64, 128, 256, 320, 512]
+        yield engine.note.format(rank=next((k for k in known if k >= rank), rank))
+
+
 def _notes(facts: Facts, ranked: Iterable[Recommendation]) -> Iterator[str]:
     best = next(iter(ranked))
     yield f"{TUNED} ({TUNED_SOURCE})"
@@ -207,12 +232,14 @@ def _notes(facts: Facts, ranked: Iterable[Recommendation]) -> Iterator[str]:
             packed = dataclasses.replace(best.estimate.setting, quantised="4bit")
             text += f"; quantised to 4 bits, {size(predict(facts.outline, packed).memory.peak)} (--quantised)"
         yield text
-    if facts.engine is not None and facts.engine.note:
-        rank = best.fields["r"] * (2 if costs.start_of(best.init).anchored else 1)
-        known = [8, 16, 32, 64, 128, 256, 320, 512]
-        yield facts.engine.note.format(rank=next((k for k in known if k >= rank), rank))
-    if facts.quantised is not None and facts.outline.quantised is None and not costs.start_of(best.init).base:
-        yield "headstart tune takes weights as they are stored: point --model at a checkpoint that is quantised"
+    if facts.trainable is not None and (trained := best.estimate.trainable) > facts.trainable:
+        text = f"{trained:,} numbers train, over the {facts.trainable:,} that you named"
+        yield f"{text}: choose a smaller rank, or fewer matrices (--target-modules)"
+    if facts.engine is not None:
+        yield from _served(facts.engine, best)
+    if _quantised_elsewhere(facts):
+        text = "headstart tune takes weights as they are stored: QUANTISED stands for a checkpoint that is quantised"
+        yield text + (", and original for the folder of its float weights" if costs.start_of(best.init).base else "")
     if facts.planned_steps is None:
         yield "the length of the run is unknown, which decides about the init: pass --data or --steps"
     if facts.outline.read == "modules":

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from headstart.choose import costs
 from headstart.choose.advise import advise
+from headstart.choose.costs import looks_at_preserved
 from headstart.choose.machine import duration
 from headstart.choose.recommendation import Advice
 from headstart.choose.samples import IN_MEMORY, Sample
@@ -74,6 +75,7 @@ def auto(
     data: Iterable[Any],
     *,
     loss: Loss | None = None,
+    preserve: Iterable[Any] | None = None,
     steps: int | None = None,
     trials: float = 20,
     calibration_batches: int = 8,
@@ -87,6 +89,7 @@ def auto(
         data: batches as `headstart.calibrate` takes them, as large as those of training. At most
             `calibration_batches` and eight more are read; the rate is found on others than the start where there are.
         loss: as for `calibrate`.
+        preserve: batches of what is not to be forgotten; at most `calibration_batches` are read.
         steps: of the run, where it is known: short runs gain from a start.
         trials: what the search of the rate may cost, in training steps; 0 takes the prediction.
         calibration_batches: that a start that looks at data looks at.
@@ -109,11 +112,13 @@ def auto(
     """
     if isinstance(data, str | Mapping | Tensor) or not isinstance(data, Iterable):
         raise BadOption(f"data is a {type(data).__name__}: pass an iterable of batches, as [batch]")
+    if preserve is not None and (isinstance(preserve, str | Mapping) or not isinstance(preserve, Iterable)):
+        raise BadOption(f"preserve is a {type(preserve).__name__}: pass an iterable of batches, as [batch]")
     if trials:
         check_trials(trials, "trials")
     seconds: dict[str, float] = {}
     with _timed("advice", seconds):
-        advice = followed(model, steps=steps, **facts)
+        advice = followed(model, steps=steps, preserve=preserve is not None, **facts)
         start = costs.start_of(advice.best.init)
         # A layer that the batches do not reach starts as plain LoRA; among cores it would train too many numbers.
         fallback = {"init_fallback": "kaiming"} if start.needs and start.trains == "AB" else {}
@@ -122,8 +127,15 @@ def auto(
     seen = list(islice(data, looks + BATCHES))
     if not seen:
         raise BadOption("data holds no batch: pass the batches of training")
+    looked, options = seen[:looks], dict[str, Any]()
+    if preserve is not None and start.needs:
+        kept = list(islice(preserve, looks))
+        if looks_at_preserved(advice.best.init, config.init_options):
+            looked = kept
+        elif "preserved" in start.needs:
+            options["preserve"] = kept
     with _timed("start", seconds):
-        adapter = adapt(model, config, data=seen[:looks], loss=loss) if start.needs else adapt(model, config)
+        adapter = adapt(model, config, data=looked, loss=loss, **options) if start.needs else adapt(model, config)
     try:
         with _timed("rate", seconds):
             rate = adapter.learning_rate(steps=steps)

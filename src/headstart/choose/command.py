@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from headstart.choose.names import named
 from headstart.errors import BadOption
 
 
@@ -36,14 +37,13 @@ def advised(flags: dict[str, Any]) -> str:
 
 
 def _fields(flags: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a setting: bits belong to quantised weights, and names with commas between them are a list."""
+    """The fields of a setting: bits belong to quantised weights, and names are a list, unlike an expression."""
     quantised, bits = flags.pop("quantised"), flags.pop("bits")
     if bits not in (4, 8):
         raise BadOption(f"bits is {bits!r}: choose 4 or 8")
     if bits != 4 and not quantised:
         raise BadOption("bits are those of quantised weights: pass --quantised, too")
     flags["quantised"] = f"{bits}bit" if quantised else None
-    targets = flags.get("target_modules")
-    if isinstance(targets, str) and "," in targets and not set(targets) & set(r"\()[]{}*+?|^$"):
-        flags["target_modules"] = [name.strip() for name in targets.split(",")]
+    for field in ("target_modules", "exclude_modules"):
+        flags[field] = named(flags.get(field))
     return flags

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from headstart.choose.auto import AUTO, followed
+from headstart.choose.costs import looks_at_preserved
 from headstart.choose.trials.comparison import Comparison
 from headstart.choose.trials.order import Order
 from headstart.choose.trials.plan import Plan, needed, seconds_of, words
@@ -95,7 +96,7 @@ def compare(
         (['a', 'b'], False)
     """
     check_plain(model)
-    configs = _configs(model, arms, steps)
+    configs = _configs(model, arms, steps, preserve is not None)
     judging, chosen = _split(_listed(validation, "validation"), None if tuning is None else _listed(tuning, "tuning"))
     kept, given = _preserve(preserve, configs)
     wanted = _wanted(configs, steps, seeds, rates, budget)
@@ -117,7 +118,7 @@ def compare(
     return Comparison(measured, configs, {"study": name, **_about(model), **(facts or {})})
 
 
-def _configs(model: nn.Module, arms: Arms, steps: int | None) -> dict[str, LoraConfig]:
+def _configs(model: nn.Module, arms: Arms, steps: int | None, preserve: bool = False) -> dict[str, LoraConfig]:
     if isinstance(arms, list | tuple) and len(set(map(str, arms))) == len(arms):
         arms = {str(name): name for name in arms}
     if not isinstance(arms, Mapping) or len(arms) < 2:
@@ -125,15 +126,15 @@ def _configs(model: nn.Module, arms: Arms, steps: int | None) -> dict[str, LoraC
     for name in arms:
         if not isinstance(name, str) or not name.strip() or "|" in name:
             raise BadOption(f"an arm is called {name!r}: choose a name without '|'")
-    given = {n: c if isinstance(c, LoraConfig) else _named(model, c, steps) for n, c in arms.items()}
+    given = {n: c if isinstance(c, LoraConfig) else _named(model, c, steps, preserve) for n, c in arms.items()}
     return {name: with_heads(model, config) for name, config in given.items()}
 
 
-def _named(model: nn.Module, name: str | bool, steps: int | None) -> LoraConfig:
+def _named(model: nn.Module, name: str | bool, steps: int | None, preserve: bool) -> LoraConfig:
     """A start with every other field as it is by default, or what the advice chooses."""
     if name != AUTO:
         return LoraConfig(init_lora_weights=name)
-    return followed(model, steps=steps).best.lora_config(clip_rank=True)
+    return followed(model, steps=steps, preserve=preserve).best.lora_config(clip_rank=True)
 
 
 def _listed(batches: Batches, name: str) -> list[Any]:
@@ -158,7 +159,11 @@ def _split(validation: list[Any], tuning: list[Any] | None) -> tuple[list[Any], 
 
 def _preserve(preserve: Batches | None, configs: Mapping[str, LoraConfig]) -> tuple[list[Any], list[Any]]:
     """The batches on which forgetting is measured, and those that the starts see which ask for some."""
-    asking = [name for name, config in configs.items() if "preserved" in config.strategy.needs]
+    asking = [
+        name
+        for name, config in configs.items()
+        if "preserved" in config.strategy.needs or looks_at_preserved(config.strategy.name, config.init_options)
+    ]
     if preserve is None:
         if asking:
             raise BadOption(f"arm {asking[0]!r} asks what is not to be forgotten: pass preserve=")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from headstart.choose.shapes import Matrix
 
@@ -86,6 +87,11 @@ def start_of(init: str | bool) -> Start:
     trains = "R" * (found.core is not None) or "".join(sorted(set("AB") - found.frozen))
     work = "leading" if strategy.reads_weight or strategy.needs else "free"
     return Start(strategy.needs, work, found.anchored, trains, found.base is not None)
+
+
+def looks_at_preserved(init: str, options: Mapping[str, Any]) -> bool:
+    """Whether what a start calls its inputs are those of the data to preserve, and it looks at no other."""
+    return init == "lora_null" or (init == "corda" and options.get("mode") == "kpm")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from headstart.choose.memory import (
     calibration_of,
     decomposition_of,
     loss_of,
+    replaced_of,
     weights_of,
     working_of,
 )
@@ -170,7 +171,7 @@ def predict(outline: Outline, setting: Setting, rate: Speed | None = None) -> Es
     adapter = 4 * (factors * (2 if start.anchored else 1) + cores)
     passing, statistics = calibration_of(outline, start, chosen, setting)
     memory = Memory(
-        weights=weights_of(outline, setting),
+        weights=weights_of(outline, setting) + replaced_of(start, chosen, setting),
         adapter=adapter,
         gradients=4 * trainable,
         adam=OPTIMIZERS[setting.optimizer] * trainable,

@@ -132,6 +132,7 @@ CONDITIONS: Mapping[str, Callable[[Facts], bool]] = {
     "to preserve": lambda facts: facts.preserve,
     "nothing to preserve": lambda facts: not facts.preserve,
     "4-bit": lambda facts: facts.quantised == "4bit",
+    "the checkpoint is quantised": lambda facts: facts.outline.quantised is not None,
     "not quantised": lambda facts: facts.quantised is None,
     "served by an engine": lambda facts: facts.serve not in (None, "peft"),
     "not served by an engine": lambda facts: facts.serve in (None, "peft"),

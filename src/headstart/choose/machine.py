@@ -45,7 +45,7 @@ def speed(dtype: str = "float32", tflops: float | None = None, seconds: float = 
         BadOption: if the peak is no positive number.
     """
     if tflops is not None:
-        if not tflops > 0:
+        if not 0 < tflops < math.inf:
             raise BadOption(f"tflops is {tflops!r}: give the device's dense peak, such as 312 for an A100 in bfloat16")
         reason = f"{SHARE_OF_PEAK:.0%} of a stated peak of {tflops:g} TFLOPS"
         return Speed(tflops * 1e12 * SHARE_OF_PEAK, 2.0, reason)

@@ -62,6 +62,11 @@ def weights_of(outline: Outline, setting: Setting) -> int:
     return int((outline.parameters - packed) * whole + packed * PACKED.get(setting.quantised or "", 0.0))
 
 
+def replaced_of(start: costs.Start, chosen: Sequence[Matrix], setting: Setting) -> int:
+    """The quantised form that a start puts in the place of float weights: held as numbers, beside what it replaces."""
+    return SIZES[setting.dtype] * sum(x.size for x in chosen) if start.base and setting.quantised is None else 0
+
+
 def activations_of(outline: Outline, setting: Setting, chosen: Sequence[Matrix]) -> int:
     """What a pass keeps: the model's own, the inputs of adapted layers that nobody kept, and h = A·x of each."""
     whole, tokens = SIZES[setting.dtype], setting.batch_size * setting.max_length

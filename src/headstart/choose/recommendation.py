@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -53,7 +54,9 @@ class Recommendation:
         """What to paste; for a model that writes no text, the config for Python."""
         if not self.estimate.outline.causal:
             inner = ", ".join(f"{name}={value!r}" for name, value in self._lora().items())
-            return f"hs.adapt(model, hs.LoraConfig({inner}){', data=batches' * bool(self._needs)})"
+            seen = "preserved" if "calibration" in self.fields else "batches"
+            given = f", data={seen}" * bool(self._needs) + ", preserve=preserved" * ("preserve" in self.fields)
+            return f"hs.adapt(model, hs.LoraConfig({inner}){given})"
         words = ["headstart tune"]
         for name, value in self.fields.items():
             flag = "--" + name.replace("_", "-")
@@ -146,5 +149,6 @@ def _flat(value: Any) -> str:
     if isinstance(value, dict):
         return ",".join(f"{name}={inner}" for name, inner in value.items())
     if isinstance(value, list | tuple):
-        return ",".join(map(str, value))
+        # One name without a comma would be read as an expression for a whole name.
+        return ",".join(map(str, value)) if len(value) > 1 else rf"(.*\.)?{re.escape(value[0])}"
     return str(value)

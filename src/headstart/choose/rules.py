@@ -148,6 +148,10 @@ EXCLUSIONS: tuple[Exclusion, ...] = (
                OURS),
     _exclusion("not quantised", ("loftq", "qpissa"), "replace the base by a quantised one, which nobody asked for",
                OURS),
+    _exclusion("the checkpoint is quantised", ("loftq", "qpissa"),
+               "make up for what quantising lost, which only the float weights tell: name their folder, "
+               "init_options={'original': …}",
+               OURS),
     _exclusion("served by an engine", ("loftq", "qpissa"),
                "right only on the quantised base that they made, which engines do not load", ENGINES),
     _exclusion("gradients do not fit", "look at gradients", "the pass for their gradients does not fit the memory",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +72,13 @@ class Setting:
             if value not in known:
                 words = [word for word in known if word]
                 raise BadOption(f"{name} is {value!r}{nearest(str(value), words)} (choose {', '.join(words)})")
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                try:
+                    re.compile(value)
+                except re.error as error:
+                    raise BadOption(f"{name} {value!r} is no regular expression: {error}") from None
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Setting:

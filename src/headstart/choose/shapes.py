@@ -150,12 +150,15 @@ class Outline:
         for entry in entries:
             hits = [matrix for matrix in self.matrices if _matches(entry, matrix.name, isinstance(wanted, str))]
             if not hits:
-                raise NoTarget(f"{field_name} {entry!r} matches no matrix of this {self.kind}{self._near(entry)}")
+                hint = self._near(entry, isinstance(wanted, str))
+                raise NoTarget(f"{field_name} {entry!r} matches no matrix of this {self.kind}{hint}")
             found |= {matrix.name: matrix for matrix in hits}
         return [matrix for matrix in self.matrices if matrix.name in found]
 
-    def _near(self, wanted: str) -> str:
+    def _near(self, wanted: str, expression: bool) -> str:
         last = sorted({matrix.name.rsplit(".", 1)[-1] for matrix in self.matrices})
+        if expression and wanted in last:
+            return f": text is an expression for whole names, so pass [{wanted!r}]"
         close = get_close_matches(wanted, last, n=1)
         return f"; did you mean {close[0]!r}?" if close else f" (it has {', '.join(last)})"
 

@@ -56,7 +56,8 @@ def outline_of_fields(fields: Mapping[str, Any], dtype: str | None = None) -> Ou
     try:
         return outline_of_config(AutoConfig.for_model(str(fields.get("model_type")), **given), dtype)
     except (ValueError, KeyError, TypeError, AttributeError) as problem:
-        reason = str(problem).strip().splitlines()[0][:200] if str(problem).strip() else type(problem).__name__
+        reason = str(problem).strip().splitlines()[0].partition(". ")[0] if str(problem).strip() else ""
+        reason = reason[:200] or type(problem).__name__
         raise FileError(f"transformers makes no model of this config ({reason}): check its model_type") from problem
 
 
@@ -95,13 +96,13 @@ def outline_of_module(
     shape: Any = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
     head = _head(model)
     shapes = _matrices(model, head)
+    unique = {id(p): p for p in model.parameters()}.values()  # Before a pass spoils it: `to_empty` unties.
     seen = _Seen(model, shapes) if ours else None
     kept, matrices = (None, None) if seen is None else seen.kept()
     how = "trace"
     if kept is None or matrices is None:
         how, matrices = "modules", tuple(shapes.values())
         kept = Kept(compute=sum(m.m * m.count * m.used for m in matrices))
-    unique = {id(p): p for p in model.parameters()}.values()
     depth = int(getattr(shape, "num_hidden_layers", 0) or 0) or max(1, len(matrices) // 6)
     hidden = int(getattr(shape, "hidden_size", 0) or 0) or max((m.n for m in matrices), default=0)
     first = next(iter(unique), None)

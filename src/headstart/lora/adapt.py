@@ -29,7 +29,7 @@ from headstart.lora.layers.encoder import Switch, switches
 from headstart.lora.rates import Rate
 from headstart.lora.report import InitReport
 from headstart.lora.starts import prepare
-from headstart.lora.targets import Holders, Target, holders_of, with_heads
+from headstart.lora.targets import Holders, Target, holders_of, inside, with_heads
 
 _KEY = "_headstart_adapter"
 
@@ -273,17 +273,26 @@ def adapter_of(model: nn.Module) -> Adapter:
     Raises:
         AdapterState: if there is none.
     """
-    adapter = model.__dict__.get(_KEY)
+    adapter = (inside(model) or model).__dict__.get(_KEY)
     if not isinstance(adapter, Adapter):
+        if _is_pefts(model):
+            raise AdapterState(
+                "this is a PeftModel: its own save_pretrained, merge_and_unload, unload and disable_adapter serve it"
+            )
         raise AdapterState(f"{type(model).__name__} has no adapter: adapt(model, config) or load(model, path) first")
     return adapter
+
+
+def _is_pefts(module: nn.Module) -> bool:
+    """Whether this is a module of PEFT's, as it is or with our branch."""
+    return any(kind.__module__.startswith("peft.") for kind in type(module).__mro__)
 
 
 def check_plain(model: nn.Module) -> None:
     """Refuse a model that is adapted already."""
     if _KEY in model.__dict__ or any(True for _ in lora_layers(model)):
         raise AdapterState("the model has an adapter already: remove(model) or merge(model) it first")
-    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+    if any(map(_is_pefts, model.modules())):
         raise AdapterState("the model carries PEFT layers: use headstart.peft for it, or unload them first")
     if any(matrix.is_sharded(p) for p in model.parameters()):
         raise AdapterState("the model is sharded, and a start needs whole weights: adapt it first, then shard it")

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headstart.errors import BadOption, CalibrationError, MissingStatistic
+from headstart.errors import AdapterState, BadOption, CalibrationError, MetaWeight, MissingStatistic
 from headstart.lora import batches as reading
-from headstart.lora import reduce
+from headstart.lora import matrix, reduce
 from headstart.lora.calibration import Calibration, Found, each, size, tensors
 from headstart.lora.calls import Calls, Loss
 from headstart.lora.config import LoraConfig
+from headstart.lora.layers import lora_layers
 from headstart.lora.observe import Observer, Sharing, is_called, undisturbed
 from headstart.lora.plan import GRADIENTS, Plan
 
@@ -59,6 +60,7 @@ def calibrate(
 
     Raises:
         CalibrationError: no batch, no loss, a loss that is not finite, statistics beyond the limit.
+        MetaWeight: if the model is not loaded. AdapterState: if it is adapted already.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 1))
@@ -69,6 +71,7 @@ def calibrate(
         (3, 24)
     """
     configs = [config] if isinstance(config, LoraConfig) else list(config)
+    _check_is_base(model)
     plan = Plan.of(model, configs, dense, exact_inputs)
     if preserve is None and plan.asks("preserved"):
         raise MissingStatistic("this strategy weighs the data against what is to be preserved: pass preserve=")
@@ -96,6 +99,18 @@ def calibrate(
     _check_finite(found)
     _compare(found)
     return Calibration(found, seen.batches, seen.tokens, seen.mean_loss, time.perf_counter() - began)
+
+
+def _check_is_base(model: nn.Module) -> None:
+    if any(True for _ in lora_layers(model)):
+        raise AdapterState("the model has an adapter, and a start is of the base: calibrate before you adapt")
+    for name, module in model.named_modules():
+        if "_hf_hook" in module.__dict__:  # accelerate brings the weights when the module is called
+            continue
+        if any(weight is not None and matrix.is_hollow(weight) for weight in module._parameters.values()):
+            raise MetaWeight(
+                f"the weights of {name!r} are not loaded, and a pass over data needs them: load them first"
+            )
 
 
 @dataclass

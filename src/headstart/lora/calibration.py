@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headstart.errors import AdapterFormatError, MissingStatistic, NoSignal
+from headstart.errors import AdapterFormatError, FileError, MissingStatistic, NoSignal
 from headstart.statistics import NAMES, GradientSpectrum, GradientSum, InputSpectrum, Moments, Squares
 
 Found = dict[str, dict[str, list[Any]]]  # by layer, by statistic: one for each block of the weight
@@ -36,21 +36,27 @@ class Calibration:
     loss: float | None = None
     seconds: float = 0.0
 
-    def of(self, name: str, needs: Sequence[str], block: int) -> dict[str, Any]:
+    def of(self, name: str, needs: Sequence[str], block: int, weight: Tensor) -> dict[str, Any]:
         """What a strategy needs to know about one block of a layer's weight.
 
         Raises:
-            NoSignal: if the layer never ran. MissingStatistic: if something was not collected.
+            NoSignal: if the layer never ran. MissingStatistic: if something was not collected, or of another weight.
         """
         if name not in self.layers:
-            raise NoSignal("the calibration data never reached this layer: exclude it, or set init_fallback")
+            raise NoSignal(
+                "the calibration knows nothing of this layer, which its data never reached, or for which it was not "
+                "made: exclude it, or set init_fallback"
+            )
         found = self.layers[name]
         for need in needs:
             if need not in found:
                 raise MissingStatistic(
                     f"the calibration holds no {need!r} ({NAMES[need]}): calibrate for this init too"
                 )
-        return {need: found[need][block] for need in needs}
+        known = {need: found[need][block] for need in needs}
+        for need, statistic in known.items():
+            _check_fits(name, need, statistic, weight)
+        return known
 
     def facts(self) -> dict[str, Any]:
         """What the init report says about the data."""
@@ -95,7 +101,7 @@ class Calibration:
         """Read what `save` wrote.
 
         Raises:
-            AdapterFormatError: if the file is something else.
+            FileError: if there is none. AdapterFormatError: if the file is something else.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -108,6 +114,8 @@ class Calibration:
             found = {key: _restored(key, entry, tensors) for key, entry in header["statistics"].items()}
             layers = {n: {k: [found[s] for s in v] for k, v in kinds.items()} for n, kinds in header["layers"].items()}
             return cls(layers, **header["facts"])
+        except OSError as error:
+            raise FileError(f"cannot read a calibration at {str(path)!r} ({error}): check the path") from error
         except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise AdapterFormatError(f"{path} is no calibration: {error}") from error
 
@@ -117,6 +125,17 @@ class Calibration:
         return (
             f"{', '.join(kinds)} of {len(self.layers)} layers: {self.batches} batches, {self.tokens:,} tokens{loss}, "
             f"{self.bytes / 2**20:.1f} MB, {self.seconds:.1f} s"
+        )
+
+
+def _check_fits(name: str, need: str, statistic: Any, weight: Tensor) -> None:
+    m, n = weight.shape
+    expected = {"gradient": (m, n), "inputs": n, "preserved": n}.get(need, m)
+    seen = statistic.shape if need == "gradient" else statistic.features
+    if seen != expected:
+        raise MissingStatistic(
+            f"the calibration is of another model: its {need!r} of {name!r} is of size {seen}, and the weight here is "
+            f"{m} × {n}: calibrate this model"
         )
 
 

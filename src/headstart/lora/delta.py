@@ -88,6 +88,8 @@ def merged_weight(layout: Layout, weight: Tensor, branch: Branch) -> Tensor:
     """A new tensor: the weight with the branch folded in, every element rounded once."""
     if branch.magnitude is not None:
         return _merged_dora(*_whole(layout, branch), weight)
+    if weight.dtype == torch.float64:  # The anchor is subtracted in it, too.
+        branch = replace(branch, A=branch.A.double(), B=branch.B.double())
     pairs = branch.pairs(layout)
     blocks = layout.blocks(weight)
     if len(blocks) == 1 and blocks[0].numel() == weight.numel():
@@ -163,6 +165,8 @@ def row_norms(
     read = read or weight.detach
     sources = (weight, branch.A, branch.B)
     layout, branch = _whole(layout, branch)
+    if matrix.is_hollow(weight):
+        return torch.cat([block.new_empty(len(block), dtype=torch.float32) for block in layout.blocks(read())])
     if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in sources):
         return _row_norms(layout, read(), branch, None)
     key = tuple(map(_stamp, sources))

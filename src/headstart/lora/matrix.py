@@ -372,6 +372,12 @@ def is_sharded(tensor: Tensor) -> bool:
     return library is not None and isinstance(tensor, library.DTensor)
 
 
+def is_hollow(tensor: Tensor) -> bool:
+    """Whether this has a shape and no values, on the meta device or in a trace. Imports nothing."""
+    library = sys.modules.get("torch._subclasses.fake_tensor")
+    return tensor.is_meta or (library is not None and isinstance(tensor, library.FakeTensor))
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor gathered, which every process must ask for at once; any other as it is."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from headstart.errors import AdapterState, NonFiniteWeight
+from headstart.errors import AdapterState, MetaWeight, NonFiniteWeight
 from headstart.lora import matrix, quantized
 from headstart.lora.adapt import adapter_of, take_out
 from headstart.lora.layers import LoraLayer, frozen_module
@@ -52,7 +52,8 @@ def merge(model: nn.Module, *, reversible: bool = False) -> MergeReport:
         How much of the update survived the rounding, by layer.
 
     Raises:
-        AdapterState: if there is no adapter. NonFiniteWeight: if a factor is not finite; nothing is changed.
+        AdapterState: if there is no adapter. MetaWeight: if a weight is not loaded. NonFiniteWeight: if a factor is not
+            finite. Nothing is changed then.
     """
     adapter = adapter_of(model)
     layers = {name: layer for name, layer in adapter.layers().items() if not layer.merged}
@@ -60,6 +61,8 @@ def merge(model: nn.Module, *, reversible: bool = False) -> MergeReport:
         warnings.warn("the model is merged already, and nothing was done: unmerge(model) first", stacklevel=2)
     if any(matrix.is_sharded(layer.original) for layer in layers.values()):
         raise AdapterState("the model is sharded: save the adapter, and merge it into the whole base")
+    if hollow := [name for name, layer in layers.items() if matrix.is_hollow(layer.original)]:
+        raise MetaWeight(f"the weight of {hollow[0]!r} is not loaded: load the model before you merge")
     with torch.no_grad():
         check_finite(layers, "merged")
         found = {name: _merged(layer) for name, layer in layers.items()}

@@ -44,6 +44,8 @@ class Plan:
                 chosen[target.name] = target
                 needs[target.name] = needs.get(target.name, frozenset()) | set(config.strategy.needs)
                 ranks[target.name] = max(ranks.get(target.name, 0), target.layout.block_rank(target.rank))
+        if not configs:
+            raise BadOption("no config is given, so nothing is to be measured: pass at least one LoraConfig")
         if not chosen:
             names = " and ".join(repr(config.strategy.name) for config in configs)
             raise BadOption(f"{names} looks at no data: leave the calibration data out")

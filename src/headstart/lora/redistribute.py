@@ -54,7 +54,7 @@ def redistribute(
         allocation, which says what the ranks come to in parameters.
 
     Raises:
-        BadOption: a rule that does not exist, a budget that the minimum exceeds.
+        BadOption: a rule that does not exist, a budget that the minimum exceeds or that has no room for any rank.
         MissingStatistic: if the calibration did not see what the rule looks at.
 
     Example:
@@ -81,6 +81,11 @@ def redistribute(
     else:
         spent = sum(costs[target.name] * target.rank for target in chosen)
         allocation = allocate(scores, costs, spent if budget is None else budget, minimum=minimum, maximum=maximum)
+    if not any(allocation.ranks.values()):
+        raise BadOption(
+            f"no layer is given a rank: the cheapest takes {min(costs.values())} parameters a rank. Raise the budget "
+            "or the maximum"
+        )
     ranks, alphas = allocation.patterns(config.r, config.lora_alpha, use_rslora=config.use_rslora)
     changed = dataclasses.replace(
         config,
@@ -101,7 +106,7 @@ def _scores(
     found: dict[str, Sequence[float]] = {}
     for target in chosen:
         (block,) = _only_block(target)
-        known = calibration.of(target.name, (RULES[rule],), 0)[RULES[rule]]
+        known = calibration.of(target.name, (RULES[rule],), 0, block)[RULES[rule]]
         k = min(largest[target.name], *block.shape)
         if rule == "eva":
             found[target.name] = explained_variance(known, k)

@@ -67,7 +67,9 @@ def _start_of(target: Target, config: LoraConfig, calibration: Calibration | Non
     blocks = target.layout.blocks(weight)
     rank = target.layout.block_rank(target.rank)
     needs = config.strategy.needs
-    known = [{} if calibration is None else calibration.of(target.name, needs, i) for i in range(len(blocks))]
+    known = [
+        {} if calibration is None else calibration.of(target.name, needs, i, block) for i, block in enumerate(blocks)
+    ]
     if material is not None:
         known = [{**given, "quantize": quantize} for given, quantize in zip(known, material.maps, strict=True)]
     found = [_factors(block, rank, i, target, config, known[i]) for i, block in enumerate(blocks)]

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from headstart.errors import BadOption, BadRank, NoTarget, TargetError, UnsupportedLayer, nearest
+from headstart.errors import AdapterState, BadOption, BadRank, NoTarget, TargetError, UnsupportedLayer, nearest
 from headstart.lora import matrix
 from headstart.lora.config import LoraConfig
 
@@ -64,7 +64,10 @@ def targets(model: nn.Module, config: LoraConfig) -> list[Target]:
         NoTarget: if a target, an exclusion, a pattern or a part matches nothing; it names what is near.
         UnsupportedLayer: if what it matches cannot be adapted.
         BadRank: if a start takes more directions from a weight than it has, and `clip_rank` is off.
+        AdapterState: if the model is wrapped, by which its names are others.
     """
+    if inside(model) is not None:
+        raise AdapterState(f"{type(model).__name__} wraps the model: adapt it first, then compile or distribute it")
     names = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     holders = holders_of(model)
     chosen = _chosen(model, names, config)
@@ -79,6 +82,13 @@ def targets(model: nn.Module, config: LoraConfig) -> list[Target]:
         seen.add((module, parameter))
         found.append(_target(name, module, holders.get(module, ()), parameter, config))
     return _with_outputs_alike(found)
+
+
+def inside(model: nn.Module) -> nn.Module | None:
+    """The model that `torch.compile` or `DistributedDataParallel` wraps."""
+    ddp = isinstance(model, nn.parallel.DistributedDataParallel)
+    wrapped = model._modules.get("module" if ddp else "_orig_mod")
+    return None if wrapped is None else inside(wrapped) or wrapped
 
 
 def holders_of(model: nn.Module) -> dict[nn.Module, Holders]:

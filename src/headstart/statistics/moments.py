@@ -230,6 +230,10 @@ class Squares:
         self.count += other.count
 
     @property
+    def features(self) -> int:
+        return len(self.sum)
+
+    @property
     def mean(self) -> Float[Tensor, " m"]:
         """E[δ²], float64."""
         return self.sum / self.count

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from headstart.errors import BadOption
 from headstart.lora.adapt import measured
 from headstart.lora.calibration import Calibration
 from headstart.lora.config import LoraConfig
@@ -28,13 +27,9 @@ def calibrated(
     """What the run's start needs to know; None where it needs nothing.
 
     Raises:
-        BadOption: if data is given for a start that looks at none. HeadstartError: as `headstart.calibrate`.
+        HeadstartError: as `headstart.calibrate`.
     """
-    needs = lora.strategy.needs
-    for name, wanted in (("calibration", bool(needs)), ("preserve", "preserved" in needs)):
-        if getattr(config, name) is not None and not wanted:
-            raise BadOption(f"init {config.init!r} has no use for --{name}: leave it out")
-    if not needs:
+    if not lora.strategy.needs:
         return None
     options: dict[str, Any] = {"batches": config.calibration_batches, "progress": progress}
     if config.preserve is not None:

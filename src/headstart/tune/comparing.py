@@ -171,8 +171,6 @@ class _Batches(Sequence[Any]):
         cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Any, only: bool, config: RunConfig
     ) -> _Batches:
         loader: Any = tokenized(model, tokenizer, rows, only, config)
-        if not len(loader.dataset):
-            raise DataError(f"no row has a token to learn within max_length={config.max_length}: raise --max-length")
         size = min(config.batch_size, len(loader.dataset))
         return cls(loader.dataset, loader.collate_fn, range(len(loader.dataset)), size)
 

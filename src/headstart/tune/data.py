@@ -50,16 +50,18 @@ class Rows:
         held_out: what is only evaluated, or None.
         loss_on: where the loss is, in words.
         assistant_only: whether the chat template's own marks say where the loss is.
+        note: what the reader should know of how the rows were read.
     """
 
     train: Dataset
     held_out: Dataset | None
     loss_on: str
     assistant_only: bool = False
+    note: str = ""
 
     def __str__(self) -> str:
         held_out = f", {len(self.held_out):,} held out" if self.held_out is not None else ""
-        return f"{len(self.train):,} rows{held_out}; loss on {self.loss_on}"
+        return f"{len(self.train):,} rows{held_out}; loss on {self.loss_on}{self.note}"
 
 
 def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Rows:
@@ -71,10 +73,28 @@ def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Rows:
     train, held_out = read_both(config)
     columns = find_columns(train, config)
     shaped = [shape(part, columns, config) for part in (train, held_out) if part is not None]
-    rows = Rows(shaped[0], shaped[1] if len(shaped) > 1 else None, "the whole text")
+    rows = Rows(shaped[0], shaped[1] if len(shaped) > 1 else None, "the whole text", note=_unread(train, columns))
     if columns.kind == "messages" or config.as_chat:
         return _as_chat(rows, columns.kind, tokenizer)
-    return replace(rows, loss_on="the completion") if columns.kind == "pair" else rows
+    if columns.kind != "pair":
+        return rows
+    return replace(rows, loss_on="the completion", note=rows.note + _touching(rows.train))
+
+
+def _unread(rows: Dataset, columns: Columns) -> str:
+    """The columns of text that no field of the run names, and that are left out."""
+    text = [name for name, kind in rows.features.items() if getattr(kind, "dtype", None) in ("string", "large_string")]
+    left = [repr(name) for name in text if name not in columns.names]
+    return f"; of its columns {', '.join(map(repr, columns.names))} (not {', '.join(left)})" if left else ""
+
+
+def _touching(pairs: Dataset) -> str:
+    """Whether a completion begins where its prompt ends, without a space, as the answer of a chat would."""
+    first = pairs[0]
+    if first["prompt"][-1:].isspace() or first["completion"][:1].isspace():
+        return ""
+    seam = repr(first["prompt"][-12:] + first["completion"][:12])
+    return f"; nothing stands between prompt and completion ({seam}): for a chat model pass --as-chat"
 
 
 def read_both(config: RunConfig) -> tuple[Dataset, Dataset | None]:

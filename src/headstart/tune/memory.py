@@ -9,6 +9,7 @@ from headstart.choose.outlines import outline_of
 from headstart.choose.setting import Setting
 from headstart.lora.config import LoraConfig
 from headstart.tune import models
+from headstart.tune.beforehand import check
 from headstart.tune.recipe import RunConfig
 
 
@@ -19,6 +20,7 @@ def forecast(config: RunConfig) -> Estimate:
         HeadstartError: where the config does not fit the model.
     """
     lora = LoraConfig(**config.lora(), task_type="CAUSAL_LM")
+    check(config, lora)
     source = models.find(config.model)
     dtype = models.trained_dtype(source, config.dtype)
     setting = Setting(

@@ -18,16 +18,21 @@ KNOWN = (*READERS, *SEPARATORS)
 
 def read(data: str, split: str = "train", subset: str | None = None) -> Dataset:
     """The rows of a local file, a local folder, or a dataset on the hub."""
-    path = Path(data).expanduser()
-    if path.is_file():
-        rows = _read_file(path)
-    elif path.is_dir() or not (path.suffix in KNOWN or path.is_absolute() or data.startswith((".", "~"))):
-        rows = _read_named(str(path) if path.is_dir() else data, split, subset)
-    else:
-        raise DataError(f"no data at {data!r}: check the path")
+    path = check_place(data)
+    name = str(path) if path.is_dir() else data
+    rows = _read_file(path) if path.is_file() else _read_named(name, split, subset)
     if len(rows) == 0:
         raise DataError(f"{data!r} holds no rows: give it at least one")
     return rows
+
+
+def check_place(data: str) -> Path:
+    """Refuse what can only be a path, where nothing is."""
+    path = Path(data).expanduser()
+    is_path = path.suffix in KNOWN or path.is_absolute() or data.startswith((".", "~"))
+    if is_path and not path.exists():
+        raise DataError(f"no data at {data!r}: check the path")
+    return path
 
 
 def _read_file(path: Path) -> Dataset:

@@ -25,6 +25,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from headstart.choose.names import named
 from headstart.errors import BadAlpha, BadOption, BadRank, ConfigError, UnknownField, nearest
 
 TWO_TRIALS = 14  # Steps that the least search of a rate costs: `headstart.search_rate` has it in thirds.
@@ -37,16 +38,22 @@ def _number(value: Any) -> Any:
     return float(value) if isinstance(value, str) else value
 
 
-def _names(value: Any) -> Any:
-    """`q_proj,v_proj` is a list of names; a pattern with other signs in it stays one pattern."""
-    plain = isinstance(value, str) and "," in value and not set(value) & set(r"\()[]{}*+?|^$")
-    return [name.strip() for name in value.split(",")] if plain else value
+def _listed(value: Any) -> Any:
+    """One name is a list of one."""
+    return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
+
+def _several(value: Any) -> Any:
+    """One name is itself, several are a list."""
+    return _listed(value) if isinstance(value, str) and "," in value else value
 
 
 Whole = Annotated[int, Strict()]
 Real = Annotated[float, BeforeValidator(_number)]
 Positive = Annotated[float, BeforeValidator(_number), Field(gt=0)]
-Names = Annotated[str | list[str], BeforeValidator(_names)]
+Names = Annotated[str | list[str], BeforeValidator(named)]
+Trackers = Annotated[str | list[str], BeforeValidator(_several)]
+Listed = Annotated[list[str], BeforeValidator(_listed)]
 Panel = Literal["Model and data", "LoRA", "Calibration", "Training", "Run"]
 
 
@@ -95,7 +102,7 @@ class RunConfig(BaseModel):
     bias: Literal["none", "all", "lora_only"] = _field("LoRA", "which biases train", "none")
     rank_pattern: dict[str, Whole] = _field("LoRA", "ranks that differ: {pattern: rank}", {})
     alpha_pattern: dict[str, Real] = _field("LoRA", "alphas that differ: {pattern: alpha}", {})
-    modules_to_save: Names | None = _field("LoRA", "modules trained and saved whole", None)
+    modules_to_save: Listed | None = _field("LoRA", "modules trained and saved whole", None)
 
     calibration: str | None = _field(
         "Calibration", "what a start that looks at data looks at: as --data, which it is by default", None
@@ -132,7 +139,7 @@ class RunConfig(BaseModel):
     eval_every: Whole | None = _field("Run", "steps; by default a tenth of the run", None, ge=1)
     save_every: Whole | None = _field("Run", "steps between checkpoints; by default a tenth of the run", None, ge=1)
     log_every: Whole = _field("Run", "steps between lines of metrics.jsonl", 1, ge=1)
-    report_to: Names = _field("Run", "trackers: tensorboard, wandb, mlflow, trackio, ...", "none")
+    report_to: Trackers = _field("Run", "trackers: tensorboard, wandb, mlflow, trackio, ...", "none")
     advice: str | None = _field("Run", "why this start was chosen; init auto writes it down", None)
     threads: Whole | None = _field("Run", "CPU threads; by default torch's choice", None, ge=1)
 

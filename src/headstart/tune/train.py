@@ -19,6 +19,7 @@ from headstart.lora.config import LoraConfig
 from headstart.peft import get_peft_model
 from headstart.tune import card, data, models
 from headstart.tune.auto import followed
+from headstart.tune.beforehand import check
 from headstart.tune.calibration import calibrated
 from headstart.tune.folder import Folder, read_metrics, write_folder
 from headstart.tune.plot import plot_losses
@@ -81,6 +82,7 @@ def run(config: RunConfig, say: Say = print, watchers: Sequence[TrainerCallback]
     folder = Folder(Path(config.output))
     config = followed(config, folder)
     lora = LoraConfig(**config.lora(), task_type="CAUSAL_LM")
+    check(config, lora)
     source = models.find(config.model)
     checkpoint = folder.start(config)
     goes_on = checkpoint is not None and config.resume is None

@@ -11,10 +11,9 @@ from datasets import Dataset
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.optim import Optimizer
 from transformers import PrinterCallback
-from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig, SFTTrainer
 
-from headstart.errors import BadOption, DataError, UnsupportedLayer
+from headstart.errors import DataError, UnsupportedLayer
 from headstart.lora.optim import PreconditionedAdamW, lora_plus_groups, preconditioned_groups
 from headstart.tune import data
 from headstart.tune.folder import Folder
@@ -49,9 +48,9 @@ def build_trainer(
     """TRL's trainer for this run, with our progress instead of its own.
 
     Raises:
-        UnsupportedLayer, BadOption, DataError: where TRL cannot train this.
+        UnsupportedLayer, DataError: where TRL cannot train this.
     """
-    _check(model, config)
+    _check(model)
     evaluates = rows.held_out is not None
     arguments = SFTConfig(
         output_dir=str(Folder(Path(config.output)).checkpoints),
@@ -108,7 +107,11 @@ def tokenized(
     assistant_only: bool,
     config: RunConfig,
 ) -> Iterable[dict[str, Tensor]]:
-    """Batches as the trainer makes them, for a model that is not trained: padded, not packed, with labels."""
+    """Batches as the trainer makes them, for a model that is not trained: padded, not packed, with labels.
+
+    Raises:
+        DataError: if every row is longer than what fits.
+    """
     arguments = SFTConfig(
         output_dir=str(Folder(Path(config.output)).checkpoints),
         per_device_train_batch_size=config.batch_size,
@@ -125,6 +128,8 @@ def tokenized(
     trainer = Trainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
     if own is None:
         vars(model).pop("forward", None)  # TRL's, which it gives every model that it trains.
+    if not len(cast(Dataset, trainer.train_dataset)):  # Refused before torch's loader does, in other words.
+        raise DataError(f"no row has a token to learn within max_length={config.max_length}: raise --max-length")
     return cast("Iterable[dict[str, Tensor]]", trainer.get_train_dataloader())
 
 
@@ -140,17 +145,13 @@ def _optimizer(model: PeftModel, config: RunConfig, arguments: SFTConfig) -> tup
     return adamw, {**settings, "params": lora_plus_groups(model, rate, config.lora_plus_ratio, weight_decay=decay)}
 
 
-def _check(model: PeftModel, config: RunConfig) -> None:
+def _check(model: PeftModel) -> None:
     """Refuse in our words, and before anything is written, what TRL and transformers would refuse."""
     if isinstance(model.get_output_embeddings(), BaseTunerLayer):
         raise UnsupportedLayer(
             "TRL reads the head's weight past its adapter, which would never train: take the head out of "
             "target_modules, or put it into modules_to_save"
         )
-    trackers = [config.report_to] if isinstance(config.report_to, str) else config.report_to
-    installed = get_available_reporting_integrations()
-    for name in set(trackers) - {"none", "all", *installed}:
-        raise BadOption(f"report_to names {name!r}, which is not installed here (there is: {', '.join(installed)})")
 
 
 def trainable_line(model: PeftModel) -> str:

@@ -115,9 +115,7 @@ def inspect(path: str | Path, base: nn.Module | None = None) -> Anatomy:
     check_values(seen, seated)
     numbers = sum(math.prod(seen.tensors[layer.keys[slot]][0]) for layer in seen.layers.values() for slot in "AB")
     made = _made(seen)
-    return Anatomy(
-        str(seen.file.parent), seen.dialect.name, made, numbers, seen.size, tuple(layers), seen.extras, unread
-    )
+    return Anatomy(str(seen.place), seen.dialect.name, made, numbers, seen.size, tuple(layers), seen.extras, unread)
 
 
 def _in_order(layer: Layer) -> tuple[object, ...]:

@@ -218,7 +218,8 @@ RULES = (
          "remove them from the file, or name them in modules_to_save", "utils/save_and_load.py"),
     # --- shapes and names
     Rule(("peft", "vllm"), other_rank_than_stated, _REFUSES,
-         "the config states another rank than the tensors have: {found}", PORTABLE, "size mismatch on loading"),
+         "the config states another rank than the tensors have: {found}",
+         "write the tensors' own rank into the config, and lora_alpha with it", "size mismatch on loading"),
     Rule(("sglang",), other_rank_than_r, _REFUSES,
          "it reads no rank_pattern, and its buffers have the rank r: {found} do not fit", PORTABLE,
          "lora/mem_pool.py: load_lora_weight_to_buffer"),

@@ -48,7 +48,7 @@ def print_diagnosis(found: Diagnosis) -> None:
     ranks = sorted({layer.rank for layer in seen.layers.values()})
     rank = f", rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "") if ranks else ""
     start = f", init_lora_weights {seen.init}" if seen.dialect.name == "PEFT" else ""
-    out.print(printable(f"{seen.file.parent}: {seen.dialect.name}'s format, {len(seen.layers)} layers{rank}{start}"))
+    out.print(printable(f"{seen.place}: {seen.dialect.name}'s format, {len(seen.layers)} layers{rank}{start}"))
     if found.repeats:
         middle = sorted(found.repeats.values())[len(found.repeats) // 2]
         out.print(f"measured on the base: the factors repeat {max(middle, 0):.0%} of its own weights' directions")

@@ -8,7 +8,8 @@ from functools import cached_property
 
 from headstart.files.doctor.deviation import REPEATS, Placed, Reader, deviation, started
 from headstart.files.doctor.diagnosis import RANKED, Finding, Reading
-from headstart.files.doctor.engines import OTHER, PORTABLE, RULES, Effect, Engine, Verdict
+from headstart.files.doctor.engines import MERGE, OTHER, PORTABLE, RULES, Effect, Engine, Verdict
+from headstart.files.doctor.stranger import PEFT
 from headstart.files.doctor.survey import Survey
 from headstart.lora.matrix import Pair
 
@@ -50,7 +51,9 @@ def reading(
 ) -> Reading:
     if seen.dialect.name not in engine.reads:
         out = "fixed.safetensors" if engine.profile == "kohya" else "fixed/"
-        wanted = OTHER.format(profile=engine.profile, out=out, **words) if seen.dialect.name == "PEFT" else ""
+        wanted = (
+            OTHER.format(profile=engine.profile, out=out, **words) if seen.dialect is PEFT and not seen.fatal else ""
+        )
         because = f"it reads {' and '.join(engine.reads)} files, and this is {seen.dialect.name}'s format"
         return Reading(engine, (Finding(Verdict.FOREIGN, because, wanted),))
     if seen.fatal:
@@ -60,7 +63,8 @@ def reading(
     if ratios:
         fields = [f"{name}={seen.config[name]!r:.60}" for name in engine.blind if seen.config.get(name)]
         because = f"it does not see {', '.join(fields) or 'the scale'}, and scales {_range(ratios.values())}"
-        findings.append(Finding(Verdict.DIFFERS, because, PORTABLE.format(**words), "its formula of the scale"))
+        repair = _fit(PORTABLE, seen).replace("{adapter}", words["adapter"]).replace("{base}", words["base"])
+        findings.append(Finding(Verdict.DIFFERS, because, repair, "its formula of the scale"))
     findings.sort(key=lambda f: -RANKED.index(f.verdict))
     errors = _errors(seen, there, findings, ratios, lost)
     estimated = any(f.effect is Effect.PLAIN_START for f in findings) and bool(errors) and not lost.exact
@@ -73,11 +77,17 @@ def _ruled(engine: Engine, seen: Survey, words: Mapping[str, str]) -> list[Findi
         found = rule.when(seen) if engine.key in rule.engines else ()
         if found:
             because = rule.because.replace("{found}", _some(found))
-            repair = words["unchange"] if rule.repair == "{unchange}" else rule.repair
+            repair = words["unchange"] if rule.repair == "{unchange}" else _fit(rule.repair, seen)
             layers = tuple(found) if rule.effect not in (None, Effect.PLAIN_START) else tuple(seen.layers)
             filled = repair.replace("{adapter}", words["adapter"]).replace("{base}", words["base"])
             told.append(Finding(rule.verdict, because, filled, rule.source, rule.effect, layers))
     return told
+
+
+def _fit(repair: str, seen: Survey) -> str:
+    """A portable file has no place for more than factors: where there is more, a merge."""
+    more = seen.extras or any("magnitude" in layer.keys for layer in seen.layers.values())
+    return MERGE if repair == PORTABLE and more else repair
 
 
 def _some(found: Sequence[str]) -> str:

@@ -52,13 +52,14 @@ class Dialect:
 
 
 PEFT = Dialect("PEFT", TENSORS, SLOTS)
+DIFFUSERS = Dialect(
+    "diffusers", "pytorch_lora_weights.safetensors", {"lora_A.weight": "A", "lora_B.weight": "B", "alpha": "alpha"}
+)
 DIALECTS = (
     PEFT,
     Dialect("mlx", "adapters.safetensors", {"lora_a": "A", "lora_b": "B", "m": "magnitude"}, turned=True),
     Dialect("kohya", "", {"lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha", "dora_scale": "magnitude"}),
-    Dialect(
-        "diffusers", "pytorch_lora_weights.safetensors", {"lora_A.weight": "A", "lora_B.weight": "B", "alpha": "alpha"}
-    ),
+    DIFFUSERS,
 )
 
 

@@ -21,6 +21,7 @@ from headstart.errors import AdapterFormatError
 from headstart.files.adapter import CONFIG, METADATA, PREFIX, few, plain_name, scale_of
 from headstart.files.doctor.stranger import (
     DIALECTS,
+    DIFFUSERS,
     PEFT,
     Dialect,
     Fault,
@@ -33,6 +34,9 @@ from headstart.files.doctor.stranger import (
 from headstart.lora.matrix import Experts, Pair
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
+# Parts of a diffusers pipeline, before names that end as PEFT's do; `transformer.h` is GPT-2's.
+_PIPELINE = re.compile(r"(unet|text_encoder(_\d)?|transformer(?!\.h\.))\.").match
+_OTHER_KINDS = re.compile(r"\.(hada_w|lokr_w|oft_|on_input$|w_norm$|diff$)").search
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,11 @@ class Survey:
     size: int = 0
     neighbours: tuple[str, ...] = ()
 
+    @property
+    def place(self) -> Path:
+        """What to call it: the folder, or the file where only its own name tells it from others beside it."""
+        return self.file.parent if self.file.name in [dialect.file for dialect in DIALECTS] else self.file
+
     @cached_property
     def _tensor(self) -> Callable[[str], Tensor]:
         from safetensors import safe_open
@@ -134,6 +143,8 @@ def survey(path: str | Path) -> Survey:
     tensors, metadata = read_tensors(file, faults)
     if dialect is None:
         dialect = max(DIALECTS, key=lambda d: sum(_slot(d, name) is not None for name in tensors))
+        if dialect is PEFT and all(map(_PIPELINE, tensors)) and not (file.parent / CONFIG).is_file():
+            dialect = DIFFUSERS
     provenance = parsed(metadata.get(METADATA, "{}"), f"the metadata of {file}", faults)
     raw = read_config(file, dialect, metadata, faults)
     config = checked(raw, file.parent / CONFIG, bool(provenance), faults) if dialect is PEFT else raw
@@ -159,6 +170,10 @@ def _layers(found: Survey, faults: list[Fault]) -> tuple[dict[str, Layer], tuple
     """The complete pairs, the tensors that belong to no pair, and the paths with half a pair."""
     paths: dict[str, dict[str, str]] = {}
     extras = []
+    if others := [name for name in found.tensors if _OTHER_KINDS(name)]:
+        told = f"no LoRA but another method's parts (LoHa, LoKr, OFT, …): {few(others)}"
+        faults.append(Fault(told, "merge it where it was trained", fatal=True))
+        return {}, tuple(found.tensors), ()
     for name in found.tensors:
         slot = _slot(found.dialect, name)
         if slot is None:

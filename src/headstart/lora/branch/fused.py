@@ -224,7 +224,9 @@ def _rows(x: Tensor, dtype: torch.dtype) -> Float[Tensor, "T n"]:
 def _pair(
     A: Tensor, B: Tensor, A0: Tensor | None, B0: Tensor | None, s: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """`down` (R, n) and `up` (m, R), with up·down = s·(B·A − B₀·A₀). Subtracted and scaled before they are cast."""
+    """`down` (R, n) and `up` (m, R), with up·down = s·(B·A − B₀·A₀). Subtracted and scaled before being cast down."""
+    if dtype == torch.float64:
+        A, B = A.double(), B.double()
     if A0 is not None and B0 is not None:
         A, B = torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1)
     return A.to(dtype), (B if s == 1 else B * s).to(dtype)
