@@ -296,6 +296,16 @@ def test_a_merge_rounds_ties_to_even_and_their_neighbours_away(dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("dtype", HALVES)
+def test_a_merge_is_exact_where_every_row_holds_a_tie(dtype: torch.dtype) -> None:
+    """Factors of few digits, on more rows and columns than are computed at a time."""
+    W = torch.ones(300, 1100, dtype=dtype)
+    B, A = torch.randint(1, 4, (300, 1), generator=generator()).float(), torch.full((1, 1100), 2.0**-8)
+    B, A = (B, A) if dtype == torch.bfloat16 else (B, A * 2.0**-3)
+    exact = W.double() + B.double() @ A.double()
+    assert torch.equal(add_lowrank(W, B, A, 1.0), nearest(exact, dtype))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
 def test_a_merge_is_exact_beside_outliers_and_at_high_rank(dtype: torch.dtype) -> None:
     W = (torch.randn(70, 333, generator=generator()) * 0.02).to(dtype)
     W[3, 5], W[11] = 3e4, W[11] * 1000

@@ -106,8 +106,9 @@ def _with_ties(out: Tensor, W: Tensor, left: Tensor, right: Tensor, tall: int, s
         y, halves = y[: old.numel()].view(old.shape), halves[: old.numel()].view(old.shape).view(torch.int32)
         new.copy_(y.copy_(x.copy_(old).addmm_(b, right)))
         torch.amin(torch.bitwise_left_shift(y.view(torch.int32), 16, out=halves), 1, out=low)
-    rows = (least == torch.iinfo(torch.int32).min).nonzero().flatten()
-    out[rows] = rounded(W[rows].double().addmm_(left[rows], right), W.dtype)
+    ties = (least == torch.iinfo(torch.int32).min).nonzero().flatten()
+    for rows in ties.split(tall):  # Factors of few digits may put one into every row.
+        out[rows] = rounded(W[rows].double().addmm_(left[rows], right), W.dtype)
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
