@@ -27,8 +27,9 @@ from headstart.errors import (
     NoSignal,
 )
 from headstart.inits.strategy import Factors, _registry, register
+from headstart.lora import batches as reading
 from headstart.lora.targets import targets
-from headstart.statistics import Moments
+from headstart.statistics import Moments, Squares
 
 WIDTH = 12
 
@@ -298,6 +299,38 @@ def test_order_and_split_do_not_matter() -> None:
         assert close(other[name]["output_squares"][0].mean, one[name]["output_squares"][0].mean, 1e-5)
 
 
+def numbers(statistic: Any) -> Tensor:
+    return statistic.mean if isinstance(statistic, Squares) else statistic.dense()
+
+
+def test_a_language_model_sees_few_rows_at_a_time_and_all_the_same(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, generator = llama(), torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 250, (7, 20), generator=generator)
+    padding = torch.ones_like(ids)
+    padding[2, 12:] = 0
+    labels = ids.masked_fill(padding == 0, -100)
+    labels[4] = labels[0, :15] = -100  # A row without a label is no mean of anything.
+    data = [{"input_ids": ids, "attention_mask": padding, "labels": labels}, {"input_ids": ids[:1], "labels": ids[:1]}]
+    made = config("see_all", target_modules="all-linear", r=16)
+    seen: list[int] = []
+    model.register_forward_pre_hook(lambda m, args, given: seen.append(len(given["input_ids"])), with_kwargs=True)
+    found = []
+    for tokens in (1 << 20, 25):
+        monkeypatch.setattr(reading, "PIECE", tokens)
+        found.append(hs.calibrate(model, made, data, preserve=data))
+    unsplit, split_up = [1, 7, 1, 7, 1], [1, *[1] * 6, 1, 7, 1]
+    assert seen == [*unsplit, *split_up]
+    whole, split = found
+    assert (whole.batches, whole.tokens) == (split.batches, split.tokens) == (2, 7 * 20 - 8 - 20 - 15 + 20)
+    assert whole.loss is not None
+    assert split.loss == pytest.approx(whole.loss, rel=1e-5)
+    for name, kinds in whole.layers.items():
+        for kind, (one,) in kinds.items():
+            (other,) = split.layers[name][kind]
+            assert other.count == pytest.approx(one.count)
+            assert close(numbers(other), numbers(one), 1e-4), (name, kind)
+
+
 def test_one_calibration_serves_several_strategies_and_is_saved(tmp_path: Path) -> None:
     model = Network()
     found = hs.calibrate(model, [config("see_inputs"), config("see_gradient")], batches())
@@ -420,7 +453,8 @@ def test_a_calibration_of_another_model_is_refused(tmp_path: Path) -> None:
         return m(x).square().mean()
 
     data, made = [torch.randn(8, 6)], hs.LoraConfig(r=2, init_lora_weights="see_all", target_modules=["0", "1"])
-    found = hs.calibrate(net(6, 8, 4), made, data, preserve=data, loss=fits)
+    base = net(6, 8, 4)
+    found = hs.calibrate(base, made, data, preserve=data, loss=fits)
     for name, widths, words in (
         ("see_inputs", (6, 9, 4), r"'inputs' of '1' is of size 8, and the weight here is 4 × 9"),
         ("see_gradient", (6, 8, 5), r"'gradient' of '1' is of size \(4, 8\), and the weight here is 5 × 8"),
@@ -431,7 +465,16 @@ def test_a_calibration_of_another_model_is_refused(tmp_path: Path) -> None:
         with pytest.raises(MissingStatistic, match=words):
             hs.adapt(model, dataclasses.replace(made, init_lora_weights=name), calibration=found)
         assert same(state(model), before)
-    hs.adapt(net(6, 8, 4), made, calibration=found)
+    found.save(tmp_path / "c.safetensors")
+    other = net(6, 8, 4)
+    before = state(other)
+    with pytest.raises(MissingStatistic, match=r"of another model: its weights are \d+% of their norm from those here"):
+        hs.adapt(other, made, calibration=hs.Calibration.load(tmp_path / "c.safetensors"))
+    assert same(state(other), before)
+    with torch.no_grad():
+        for weight in base.parameters():
+            weight.mul_(1.05)  # As far as training takes it.
+    hs.adapt(base.double(), made, calibration=found)
     with pytest.raises(FileError, match="cannot read a calibration"):
         hs.Calibration.load(tmp_path / "gone")
 

@@ -229,6 +229,16 @@ def test_statistics_are_predicted_to_the_byte(init: str, kind: str, llama: Any, 
     assert predicted + halves == calibrated_size(found.layers)
 
 
+def test_what_is_known_without_torch_is_what_is_done() -> None:
+    from headstart.lora import batches, plan
+    from headstart.statistics import Moments, moments
+
+    assert (costs.WIDTH, costs.ROWS, costs.PIECE) == (plan.WIDTH, moments.ROWS, batches.PIECE)
+    for features in (64, 192, 193, 1000):
+        kept = Moments.empty(features)
+        assert costs.moments_bytes(features) == calibrated_size({"layer": {"inputs": [kept]}})
+
+
 # --- memory, against torch's allocator
 
 

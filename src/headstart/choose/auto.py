@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from headstart.choose import costs
 from headstart.choose.advise import advise
-from headstart.choose.costs import looks_at_preserved
 from headstart.choose.machine import duration
 from headstart.choose.recommendation import Advice
 from headstart.choose.samples import IN_MEMORY, Sample
@@ -130,7 +129,7 @@ def auto(
     looked, options = seen[:looks], dict[str, Any]()
     if preserve is not None and start.needs:
         kept = list(islice(preserve, looks))
-        if looks_at_preserved(advice.best.init, config.init_options):
+        if config.strategy.looks_at_preserved(config.init_options):
             looked = kept
         elif "preserved" in start.needs:
             options["preserve"] = kept

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from headstart.choose.auto import AUTO, followed
-from headstart.choose.costs import looks_at_preserved
 from headstart.choose.trials.comparison import Comparison
 from headstart.choose.trials.order import Order
 from headstart.choose.trials.plan import Plan, needed, seconds_of, words
@@ -162,7 +161,7 @@ def _preserve(preserve: Batches | None, configs: Mapping[str, LoraConfig]) -> tu
     asking = [
         name
         for name, config in configs.items()
-        if "preserved" in config.strategy.needs or looks_at_preserved(config.strategy.name, config.init_options)
+        if "preserved" in config.strategy.needs or config.strategy.looks_at_preserved(config.init_options)
     ]
     if preserve is None:
         if asking:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from headstart.choose.shapes import Matrix
 
 INPUTS = ("inputs", "preserved")
 GRADIENTS = ("gradient", "output_gradients", "output_squares")
 WIDTH = 4  # directions that calibration keeps of a gradient, for each rank of the adapter
-ROWS = 128  # of a second moment in one block
+PIECE = 2048  # tokens of a batch that a language model's loss is asked of at once
+ROWS = 192  # of a second moment in one block
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,6 @@ def start_of(init: str | bool) -> Start:
     trains = "R" * (found.core is not None) or "".join(sorted(set("AB") - found.frozen))
     work = "leading" if strategy.reads_weight or strategy.needs else "free"
     return Start(strategy.needs, work, found.anchored, trains, found.base is not None)
-
-
-def looks_at_preserved(init: str, options: Mapping[str, Any]) -> bool:
-    """Whether what a start calls its inputs are those of the data to preserve, and it looks at no other."""
-    return init == "lora_null" or (init == "corda" and options.get("mode") == "kpm")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from headstart.choose import costs
 from headstart.choose.setting import PACKED, Setting
@@ -107,6 +107,9 @@ def calibration_of(outline: Outline, start: costs.Start, chosen: Sequence[Matrix
         return 0, 0
     statistics = costs.statistics_bytes(start.needs, chosen, leaders(chosen), setting.r)
     statistics += costs.halves_bytes(start.needs, chosen, setting.r)
+    if start.looks_at_gradients and outline.causal:
+        rows = max(1, costs.PIECE // setting.max_length)
+        setting = replace(setting, batch_size=min(setting.batch_size, rows))
     whole, tokens = SIZES[setting.dtype], setting.batch_size * setting.max_length
     if start.looks_at_gradients:
         largest = max(x.m * x.n for x in chosen)

@@ -31,7 +31,12 @@ from headstart.inits.weighted import Weighted, damped, leading, trailing
 from headstart.statistics import InputSpectrum, Moments
 
 
-@register("corda", paper="https://arxiv.org/abs/2406.05223", fact="the part of W that is most, or least, used on data")
+@register(
+    "corda",
+    paper="https://arxiv.org/abs/2406.05223",
+    fact="the part of W that is most, or least, used on data",
+    preserving={"mode": "kpm"},
+)
 def corda(
     weight: Float[Tensor, "m n"],
     inputs: Moments | InputSpectrum,

@@ -31,7 +31,12 @@ from headstart.inits.strategy import Factors, register
 from headstart.statistics import Moments
 
 
-@register("lora_null", paper="https://arxiv.org/abs/2503.02659", fact="the r inputs that data uses least; a float64 C")
+@register(
+    "lora_null",
+    paper="https://arxiv.org/abs/2503.02659",
+    fact="the r inputs that data uses least; a float64 C",
+    preserving={},
+)
 def lora_null(
     weight: Float[Tensor, "m n"],
     inputs: Moments,

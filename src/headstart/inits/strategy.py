@@ -77,6 +77,7 @@ class Strategy:
     fact: str
     preset: Mapping[str, Any] = field(default_factory=dict)
     scales: bool = False
+    preserving: Mapping[str, Any] | None = None
 
     @functools.cached_property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
@@ -110,6 +111,12 @@ class Strategy:
     def divides_by_scaling(self) -> bool:
         """Whether it takes a root of 1/s, so that s must be positive."""
         return "scaling" in self.parameters
+
+    def looks_at_preserved(self, options: Mapping[str, Any]) -> bool:
+        """Whether with these options its `inputs` are those of the data to preserve, and it looks at no other data."""
+        if self.preserving is None:
+            return False
+        return {**self.options, **options}.items() >= self.preserving.items()
 
     def check_options(self, given: Mapping[str, Any]) -> None:
         """Refuse what the function does not take, before anything is touched."""
@@ -151,7 +158,13 @@ _registry: dict[str, Strategy] = {}
 
 
 def register(
-    name: str, paper: str, fact: str, *, scales: bool = False, **preset: Any
+    name: str,
+    paper: str,
+    fact: str,
+    *,
+    scales: bool = False,
+    preserving: Mapping[str, Any] | None = None,
+    **preset: Any,
 ) -> Callable[[Callable[..., Factors]], Callable[..., Factors]]:
     """Name a strategy. The function itself stays an ordinary function.
 
@@ -160,13 +173,15 @@ def register(
         paper: where it is published.
         fact: one line, for tables: what it does and what it costs.
         scales: whether s·B₀·A₀ grows with s although the function takes `scaling`, because its paper has it so.
+        preserving: the options with which its `inputs` are those of what is to be preserved, {} for always; None where
+            they are those of what is to be learnt.
         preset: config fields that belong to it, for `LoraConfig.preset(name)`.
     """
 
     def enter(function: Callable[..., Factors]) -> Callable[..., Factors]:
         if name in _registry:
             raise BadOption(f"two strategies are called {name!r}: rename the second")
-        _registry[name] = Strategy(name, function, paper, fact, preset, scales)
+        _registry[name] = Strategy(name, function, paper, fact, preset, scales, preserving)
         return function
 
     return enter

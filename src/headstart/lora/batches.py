@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from headstart.errors import CalibrationError
 
+PIECE = 2048  # tokens of a batch that go through a language model at once, where its loss is asked for
+
 
 def moved(batch: Any, device: torch.device) -> Any:
     """The batch on a device."""
@@ -71,8 +73,32 @@ def labelled(model: nn.Module, batch: Any) -> float:
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if not isinstance(labels, Tensor) or labels.ndim < 2:
         return float(rows(batch))
-    predicts_next = type(model).__name__.endswith(("CausalLM", "LMHeadModel"))
-    return float((labels[:, 1:] if predicts_next else labels).ne(-100).sum())
+    return float((labels[:, 1:] if predicts_next(model) else labels).ne(-100).sum())
+
+
+def predicts_next(model: nn.Module) -> bool:
+    """Whether it is a language model of transformers, whose own loss is a mean over the tokens of all rows."""
+    return type(model).__name__.endswith(("CausalLM", "LMHeadModel"))
+
+
+def pieces(model: nn.Module, batch: Any) -> list[Any]:
+    """The batch by as many rows as hold `PIECE` tokens, where the model's loss says the same of these, weighted.
+
+    A language model's logits stand whole in float32, and twice more on their way to the loss: of a large batch that is
+    more than all the rest of a pass. Rows without a label have no mean, and nothing to add to it.
+    """
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not predicts_next(model) or not isinstance(ids, Tensor) or not isinstance(labels, Tensor):
+        return [batch]
+    each = max(1, PIECE // max(1, ids.shape[-1]))
+    if ids.ndim != 2 or ids.shape != labels.shape or {len(t) if t.ndim else 0 for t in tensors(batch)} != {len(ids)}:
+        return [batch]
+    cut = [
+        {name: value[start : start + each] if isinstance(value, Tensor) else value for name, value in batch.items()}
+        for start in range(0, len(ids), each)
+    ]
+    return [batch] if len(cut) == 1 else [piece for piece in cut if labelled(model, piece)] or [batch]
 
 
 def peeked(data: Iterable[Any], name: str) -> tuple[Any, Iterator[Any]]:

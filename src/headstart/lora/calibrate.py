@@ -24,6 +24,7 @@ from headstart.lora import matrix, reduce
 from headstart.lora.calibration import Calibration, Found, each, size, tensors
 from headstart.lora.calls import Calls, Loss
 from headstart.lora.config import LoraConfig
+from headstart.lora.fingerprint import fingerprint
 from headstart.lora.layers import lora_layers
 from headstart.lora.observe import Observer, Sharing, is_called, undisturbed
 from headstart.lora.plan import GRADIENTS, Plan
@@ -98,7 +99,8 @@ def calibrate(
     reduce.total(seen)
     _check_finite(found)
     _compare(found)
-    return Calibration(found, seen.batches, seen.tokens, seen.mean_loss, time.perf_counter() - began)
+    known = fingerprint(plan.targets.values())
+    return Calibration(found, seen.batches, seen.tokens, seen.mean_loss, time.perf_counter() - began, known)
 
 
 def _check_is_base(model: nn.Module) -> None:
@@ -173,13 +175,17 @@ class _Pass:
                 self._batch(observer, index, batch)
 
     def _batch(self, observer: Observer, index: int, batch: Any) -> None:
+        self.seen.batches += 1
+        self.seen.tokens += reading.tokens(batch)
+        for piece in reading.pieces(self.calls.model, batch) if self.calls.by_rows else [batch]:
+            self._piece(observer, index, piece)
+
+    def _piece(self, observer: Observer, index: int, batch: Any) -> None:
         self.mask = reading.mask(batch, self.calls.device)
         observer.sharing, observer.forward = Sharing(), True
         with torch.set_grad_enabled(self.calls.backward):
             value, self.weight = self.calls.forward(batch)
         self._check_sharing(observer.sharing, index)
-        self.seen.batches += 1
-        self.seen.tokens += reading.tokens(batch)
         if value is None or not self.calls.backward:
             return
         loss = float(value.detach())

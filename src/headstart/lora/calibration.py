@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from headstart.errors import AdapterFormatError, FileError, MissingStatistic, NoSignal
+from headstart.lora.fingerprint import Fingerprint, apart, fingerprint
+from headstart.lora.targets import Target
 from headstart.statistics import NAMES, GradientSpectrum, GradientSum, InputSpectrum, Moments, Squares
 
 Found = dict[str, dict[str, list[Any]]]  # by layer, by statistic: one for each block of the weight
 _KINDS = {kind.__name__: kind for kind in (Moments, InputSpectrum, Squares, GradientSpectrum, GradientSum)}
 _FORMAT = "headstart calibration 1"
+FARTHEST = 0.5  # ‖W − W′‖/‖W‖. Fine-tuning goes a few per cent.
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Calibration:
         layers: of every layer that ran, by name of the layer and of the statistic; one for each block of its weight.
         batches, tokens: that were read; loss: its mean over the tokens, where one was asked for.
         seconds: of wall time.
+        weights: a few numbers of each weight, by which the model is known again.
     """
 
     layers: Mapping[str, Mapping[str, Sequence[Any]]]
@@ -35,6 +39,20 @@ class Calibration:
     tokens: int
     loss: float | None = None
     seconds: float = 0.0
+    weights: Fingerprint = field(default_factory=dict)
+
+    def check_is_of(self, targets: Iterable[Target]) -> None:
+        """Refuse another model, whose layers have the same names and sizes.
+
+        Raises:
+            MissingStatistic: if most weights are farther from those that it knows than any training takes them.
+        """
+        distance = apart(self.weights, fingerprint(targets)) if self.weights else 0.0
+        if distance > FARTHEST:
+            raise MissingStatistic(
+                f"the calibration is of another model: its weights are {distance:.0%} of their norm from those here: "
+                "calibrate this model"
+            )
 
     def of(self, name: str, needs: Sequence[str], block: int, weight: Tensor) -> dict[str, Any]:
         """What a strategy needs to know about one block of a layer's weight.
@@ -60,7 +78,7 @@ class Calibration:
 
     def facts(self) -> dict[str, Any]:
         """What the init report says about the data."""
-        return {name: value for name, value in vars(self).items() if name != "layers"}
+        return {name: value for name, value in vars(self).items() if name not in ("layers", "weights")}
 
     @property
     def bytes(self) -> int:
@@ -86,7 +104,8 @@ class Calibration:
                     stored[name] = {"number": value}
             entries[key] = {"kind": type(statistic).__name__, "fields": stored}
         layers = {n: {k: [keys[id(s)] for s in v] for k, v in found.items()} for n, found in self.layers.items()}
-        header = {"format": _FORMAT, "layers": layers, "statistics": entries, "facts": self.facts()}
+        known = {"facts": self.facts(), "weights": self.weights}
+        header = {"format": _FORMAT, "layers": layers, "statistics": entries, **known}
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -113,7 +132,7 @@ class Calibration:
                 raise AdapterFormatError(f"{path} is no calibration of this version: calibrate again")
             found = {key: _restored(key, entry, tensors) for key, entry in header["statistics"].items()}
             layers = {n: {k: [found[s] for s in v] for k, v in kinds.items()} for n, kinds in header["layers"].items()}
-            return cls(layers, **header["facts"])
+            return cls(layers, **header["facts"], weights=header.get("weights", {}))
         except OSError as error:
             raise FileError(f"cannot read a calibration at {str(path)!r} ({error}): check the path") from error
         except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:

@@ -16,13 +16,18 @@ Loss = Callable[[nn.Module, Any], Any]
 
 
 class Calls:
-    """How a batch goes through the model, and its loss back where gradients are asked for."""
+    """How a batch goes through the model, and its loss back where gradients are asked for.
+
+    Attributes:
+        by_rows: whether the loss is the model's own, of which it is known what it is a mean of.
+    """
 
     def __init__(self, model: nn.Module, loss: Loss | None, backward: bool, watched: Iterable[nn.Module]) -> None:
         self.model, self.loss, self.backward = model, loss, backward
         asked: Any = getattr(model, "get_output_embeddings", None)
         head = asked() if callable(asked) else None
         self.head_counts = any(module is head for module in watched)
+        self.by_rows = backward and loss is None
         self.device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
     def forward(self, batch: Any) -> tuple[Tensor | None, float]:

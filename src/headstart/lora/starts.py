@@ -41,6 +41,8 @@ def prepare(
         start, layer = start_of(target, config, calibration)
         starts.append((target, start))
         layers.append(layer)
+    if calibration is not None:  # Now that its sizes fit.
+        calibration.check_is_of(chosen)
     seconds = time.perf_counter() - began
     data = None if calibration is None else calibration.facts()
     return starts, InitReport(config.strategy.name, config.options, config.seed, tuple(layers), seconds, data)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from headstart.errors import BadOption, MissingStatistic
 from headstart.inits.small import on_a_small_matrix
+from headstart.inits.strategy import QUANTIZER
 from headstart.lora.config import LoraConfig
+from headstart.lora.quantized import recipe
 from headstart.tune import reading
 from headstart.tune.recipe import RunConfig
 
@@ -13,8 +15,8 @@ def check(config: RunConfig, lora: LoraConfig) -> None:
     """Refuse what cannot become a run.
 
     Raises:
-        BadOption: if data is given for a start that looks at none, an optimizer is for factors that do not train, or a
-            tracker is not installed.
+        BadOption: if an option of the start cannot have its value, data is given for a start that looks at none, an
+            optimizer is for factors that do not train, or a tracker is not installed.
         MissingStatistic: if a start needs data that is not given.
         DataError: if a path leads nowhere.
     """
@@ -26,7 +28,10 @@ def check(config: RunConfig, lora: LoraConfig) -> None:
         raise MissingStatistic(
             f"init {config.init!r} weighs the data against data that is not to be forgotten: pass --preserve"
         )
-    if config.optimizer != "adamw" and on_a_small_matrix(lora.strategy, lora.options).core is not None:
+    start = on_a_small_matrix(lora.strategy, lora.options)  # Which refuses values that an option cannot have.
+    if lora.strategy.quantizes:
+        recipe(**{name: lora.options.get(name, QUANTIZER[name]) for name in ("bits", "quant_type")})
+    if config.optimizer != "adamw" and start.core is not None:
         raise BadOption(
             f"optimizer {config.optimizer!r} is for factors, and init {config.init!r} trains the numbers between them "
             "alone: choose adamw"

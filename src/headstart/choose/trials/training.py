@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from headstart.choose.costs import looks_at_preserved
 from headstart.choose.trials.clock import Clock
 from headstart.choose.trials.order import Order, Train
 from headstart.errors import BadOption
@@ -109,7 +108,7 @@ def start_of(setting: Setting, config: LoraConfig, seed: int, draw: int) -> Prep
     if config.strategy.needs:
         order = Order(setting.train, seed)
         data = [order[place] for place in range(setting.calibration_batches)]
-        if looks_at_preserved(config.strategy.name, config.init_options):
+        if config.strategy.looks_at_preserved(config.init_options):
             data = list(setting.preserve)
         options: dict[str, Any] = {"loss": setting.loss, "batches": len(data)}
         if "preserved" in config.strategy.needs:
