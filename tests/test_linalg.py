@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -12,7 +13,16 @@ from torch import Tensor
 
 from headstart import linalg
 from headstart.errors import BadOption, BadRank, MetaWeight, NonFiniteWeight
-from headstart.linalg import add_lowrank, bottomk_svd, lowrank_row_norms, named_generator, recompress, thin_qr, topk_svd
+from headstart.linalg import (
+    add_lowrank,
+    bottomk_svd,
+    kernels,
+    lowrank_row_norms,
+    named_generator,
+    recompress,
+    thin_qr,
+    topk_svd,
+)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -256,6 +266,16 @@ def test_recompress_is_the_best_product_of_its_rank(rank: int) -> None:
 HALVES = [torch.bfloat16, torch.float16]
 
 
+@pytest.fixture(params=["torch", "numba"])
+def casts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own casts, and the compiled ones."""
+    monkeypatch.setattr(kernels, "_loaded", [])
+    if request.param == "numba":
+        pytest.importorskip("numba")
+        kernels.prepare(kernels.WORTH)
+        assert kernels.ready() is not None
+
+
 def nearest(exact: Tensor, dtype: torch.dtype) -> Tensor:
     """The float64 values rounded once to a half type: the nearest of three neighbours, ties to the even one."""
     guess = exact.to(dtype)
@@ -271,6 +291,7 @@ def nearest(exact: Tensor, dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.parametrize("size", [1e-4, 1e-2, 1.0, 100.0])
 @pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.usefixtures("casts")
 def test_a_merge_rounds_every_element_once(dtype: torch.dtype, size: float) -> None:
     W = torch.randn(600, 500, generator=generator()).to(dtype)
     B, A = torch.randn(600, 8, generator=generator(1)) * size, torch.randn(8, 500, generator=generator(2))
@@ -280,6 +301,7 @@ def test_a_merge_rounds_every_element_once(dtype: torch.dtype, size: float) -> N
 
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.usefixtures("casts")
 def test_a_merge_rounds_ties_to_even_and_their_neighbours_away(dtype: torch.dtype, sign: int) -> None:
     """Every half there is, subnormal and largest too, moved to just below, onto and just above the next tie."""
     count = int(torch.tensor(torch.inf, dtype=dtype).view(torch.int16))
@@ -296,6 +318,7 @@ def test_a_merge_rounds_ties_to_even_and_their_neighbours_away(dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.usefixtures("casts")
 def test_a_merge_is_exact_where_every_row_holds_a_tie(dtype: torch.dtype) -> None:
     """Factors of few digits, on more rows and columns than are computed at a time."""
     W = torch.ones(300, 1100, dtype=dtype)
@@ -306,6 +329,7 @@ def test_a_merge_is_exact_where_every_row_holds_a_tie(dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.usefixtures("casts")
 def test_a_merge_is_exact_beside_outliers_and_at_high_rank(dtype: torch.dtype) -> None:
     W = (torch.randn(70, 333, generator=generator()) * 0.02).to(dtype)
     W[3, 5], W[11] = 3e4, W[11] * 1000
@@ -317,6 +341,7 @@ def test_a_merge_is_exact_beside_outliers_and_at_high_rank(dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+@pytest.mark.usefixtures("casts")
 def test_a_merge_keeps_what_is_not_finite_where_it_is(dtype: torch.dtype) -> None:
     W = torch.ones(4, 5, dtype=dtype)
     W[0, 1], W[0, 2], W[2, 3] = torch.inf, -torch.inf, torch.nan
@@ -331,11 +356,16 @@ def test_a_merge_keeps_what_is_not_finite_where_it_is(dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (1, 1), (3, 200_000), (1300, 257)])
+@pytest.mark.usefixtures("casts")
 def test_a_merge_serves_any_shape_and_layout(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     m, n = shape
     stored = torch.randn(n, 2 * m, generator=generator()).to(dtype)
     B, A = torch.randn(m, 3, generator=generator(1)), torch.randn(3, n, generator=generator(2))
-    for W in (stored[:, ::2].T, stored[:1, :1].expand(m, n) if m * n else stored[:, :m].T):
+    for W in (
+        stored[:, ::2].T,
+        stored[:, :m].T.contiguous(),
+        stored[:1, :1].expand(m, n) if m * n else stored[:, :m].T,
+    ):
         before = W.clone()
         found = add_lowrank(W, B, A, 0.5)
         exact = W.double() + 0.5 * (B.double() @ A.double())
@@ -347,6 +377,7 @@ def test_a_merge_serves_any_shape_and_layout(dtype: torch.dtype, shape: tuple[in
 
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+@pytest.mark.usefixtures("casts")
 def test_a_merge_is_the_same_under_autocast(dtype: torch.dtype) -> None:
     W = torch.randn(64, 48, generator=generator()).to(dtype)
     B, A = torch.randn(64, 8, generator=generator(1)), torch.randn(8, 48, generator=generator(2))
@@ -354,6 +385,17 @@ def test_a_merge_is_the_same_under_autocast(dtype: torch.dtype) -> None:
         found = add_lowrank(W, B, A, 0.5)
     assert found.dtype == dtype
     assert torch.equal(found, add_lowrank(W, B, A, 0.5))
+
+
+def test_compiled_casts_are_loaded_where_they_pay_and_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_loaded", [])
+    kernels.prepare(kernels.WORTH - 1)
+    assert kernels.ready() is None
+    monkeypatch.setitem(sys.modules, "numba", None)
+    kernels.load.cache_clear()
+    kernels.prepare(kernels.WORTH)
+    assert kernels.ready() is None
+    kernels.load.cache_clear()
 
 
 def test_a_merge_that_rounds_twice_is_seen() -> None:

@@ -5,8 +5,10 @@ lanczos.py    block Lanczos on that side
 spectrum.py   from a subspace to triplets, signs and a certificate
 triplets.py   the leading and the trailing triplets: routes and escalation
 lowrank.py    thin factors: QR, recompression, merging, row norms
+kernels.py    bfloat16 to float64 and back in one pass, where numba is installed
 """
 
+from headstart.linalg.kernels import prepare
 from headstart.linalg.lowrank import add_lowrank, lowrank_row_norms, recompress, rounded, row_norms_squared, thin_qr
 from headstart.linalg.sides import Operator
 from headstart.linalg.spectrum import Certificate, Spectrum
@@ -20,6 +22,7 @@ __all__ = [
     "bottomk_svd",
     "lowrank_row_norms",
     "named_generator",
+    "prepare",
     "recompress",
     "rounded",
     "row_norms_squared",

@@ -14,13 +14,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headstart.errors import BadRank
+from headstart.linalg import kernels
+from headstart.linalg.kernels import CUT
 from headstart.linalg.sides import BLOCK
 from headstart.linalg.spectrum import signs
 
 TILE = (128, 1024)  # Numbers that stay in the cache from cast to cast, and enough rows for a fast product.
-# The last 38 of a float64's 52 digits. The other 14 exceed the 10 of a half type by the two that the proof needs, and
-# are so few that float32 holds them also where bfloat16 is subnormal.
-CUT = (1 << 38) - 1
 
 
 def thin_qr(columns: Float[Tensor, "m r"]) -> tuple[Float[Tensor, "m q"], Float[Tensor, "q r"]]:
@@ -67,7 +66,8 @@ def add_lowrank(
 ) -> Float[Tensor, "m n"]:
     """W + s·B·A as a new tensor of W's dtype, without the dense product.
 
-    For float16 and bfloat16 every element is the float64 sum rounded once, to nearest even. For float32 and float64
+    For float16 and bfloat16 every element is the float64 sum rounded once, to nearest even; after `kernels.prepare` by
+    compiled loops. For float32 and float64
     it is a chain of multiplications and additions in that dtype, wrong by a few ulp of |W| + |s|·|B|·|A|.
     """
     with torch.no_grad():
@@ -76,14 +76,27 @@ def add_lowrank(
             summed = W.clone(memory_format=torch.contiguous_format)
             return summed.addmm_(B.to(W.dtype), A.to(W.dtype), alpha=scaling)
         out = torch.empty(W.shape, dtype=W.dtype, device=W.device)
-        into = _with_ties if W.dtype == torch.bfloat16 and W.device.type == "cpu" and W.numel() else _through_odd
         left, right = B.double() * scaling, A.double()
+        brief = W.dtype == torch.bfloat16 and W.device.type == "cpu" and W.numel()
+        if brief and W.is_contiguous() and (casts := kernels.ready()) is not None:
+            return _compiled(out, W, left, right, casts)
+        into = _with_ties if brief else _through_odd
         wide = max(1, min(TILE[1], W.shape[1]))
         tall = TILE[0] * TILE[1] // wide
         spare = torch.empty(2, tall * wide, dtype=torch.float64, device=W.device)
         for old, a, new in zip(W.split(wide, 1), right.split(wide, 1), out.split(wide, 1), strict=True):
             into(new, old, left, a, tall, spare)
         return out
+
+
+def _compiled(out: Tensor, W: Tensor, left: Tensor, right: Tensor, casts: kernels.Casts) -> Tensor:
+    tall = max(1, TILE[0] * TILE[1] // W.shape[1])
+    spare = torch.empty(min(tall, len(W)), W.shape[1], dtype=torch.float64)
+    for new, old, b in zip(out.split(tall), W.split(tall), left.split(tall), strict=True):
+        x = spare[: len(old)]
+        casts.widen(old, x)
+        casts.narrow(x.addmm_(b, right), new)
+    return out
 
 
 def _through_odd(out: Tensor, W: Tensor, left: Tensor, right: Tensor, tall: int, spare: Tensor) -> None:

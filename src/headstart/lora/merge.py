@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from headstart import linalg
 from headstart.errors import AdapterState, MetaWeight, NonFiniteWeight
 from headstart.lora import matrix, quantized
 from headstart.lora.adapt import adapter_of, take_out
@@ -63,6 +64,7 @@ def merge(model: nn.Module, *, reversible: bool = False) -> MergeReport:
         raise AdapterState("the model is sharded: save the adapter, and merge it into the whole base")
     if hollow := [name for name, layer in layers.items() if matrix.is_hollow(layer.original)]:
         raise MetaWeight(f"the weight of {hollow[0]!r} is not loaded: load the model before you merge")
+    linalg.prepare(sum(layer.original.numel() for layer in layers.values()))
     with torch.no_grad():
         check_finite(layers, "merged")
         found = {name: _merged(layer) for name, layer in layers.items()}

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headstart import linalg
 from headstart.errors import NonFiniteWeight
 from headstart.files.merging import ahead, beside
 from headstart.files.merging.ahead import Once, Step
@@ -65,6 +66,7 @@ class Rewriting:
     def fill(self, folder: Path) -> None:
         """Write everything into a folder."""
         waiting: list[Future[None]] = []
+        linalg.prepare(sum(task.source.numel for tasks in self.plan.tasks.values() for task in tasks if task.edit))
         with ThreadPoolExecutor(1) as disk, ExitStack() as files:
             ahead.run(
                 step

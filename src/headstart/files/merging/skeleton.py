@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import UntypedStorage, nn
 
 from headstart.errors import KeyMismatch, Unstreamable
 from headstart.files.adapter import AdapterFile
@@ -209,9 +209,8 @@ def _put(
 def _map(
     model: nn.Module, checkpoint: Checkpoint, packed: Mapping[str, Packed], places: Mapping[str, Sequence[Place]]
 ) -> None:
-    from safetensors import safe_open
-
-    files: dict[Path, Any] = {file: safe_open(file, framework="pt") for file in checkpoint.metadata}
+    # safetensors would look at each tensor, and the system would bring in the megabytes around.
+    files = {file: UntypedStorage.from_file(str(file), False, file.stat().st_size) for file in checkpoint.metadata}
     owners: dict[int, list[tuple[dict[str, Any], str]]] = defaultdict(list)
     for module in model.modules():
         for table in (module._parameters, module._buffers):
@@ -231,7 +230,8 @@ def _map(
             )
         if not stored.is_float:
             continue
-        value = files[stored.file].get_tensor(stored.key)
+        bytes_of = files[stored.file][stored.start : stored.start + stored.size]
+        value = torch.empty(0, dtype=stored.dtype).set_(bytes_of, 0, stored.shape)  # type: ignore[call-overload]
         value = nn.Parameter(value, requires_grad=False) if isinstance(before, nn.Parameter) else value
         for table, leaf in owners[id(before)]:  # One for all that share it, as before.
             if table[leaf] is before:
