@@ -743,6 +743,12 @@ def test_exit_codes_and_output(made: Made, tmp_path: Path, capsys: pytest.Captur
     code, out, _ = _run(capsys, "doctor", str(made.folder("rslora")), "--json")
     assert code == 1
     assert json.loads(out)["engines"]["sglang"]["worst"]["relative_error"] == pytest.approx(1 - 8**-0.5)
+    faulty = changed(made.copied("plain", tmp_path / "faulty"), init_lora_weights="pissa")
+    made.base().save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    code, out, _ = _run(capsys, "doctor", str(faulty), "--base", str(tmp_path / "base"))
+    assert code == 1
+    assert "loads what is wrong" in out
+    assert not re.search(r"^\S.*  loads$", out, re.MULTILINE), "no engine is said to be well"
     code, out, err = _run(capsys, "doctor", str(tmp_path / "nowhere"))
     assert (code, out) == (2, "")
     assert err.startswith("AdapterFormatError: ")

@@ -25,6 +25,7 @@ INITS = ("kaiming", "pissa", "lora_one", "olora", "eva", "gaussian", "milora", "
 MORE_INITS = ("orthogonal", "corda", "init_ab")
 OTHER_RANKS = ("kaiming", "pissa", "lora_one")
 CALIBRATION_BATCHES = 8
+LONGER = "_long"
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,14 @@ class Cell:
 
 
 def cells(task: str, seed: int = 0) -> Iterator[Cell]:
-    """Eight starts at r = 16, three of them at r = 4 and 64, one at other scales; then three more starts."""
+    """Eight starts at r = 16, three of them at r = 4 and 64, one at other scales; then three more starts.
+
+    Of a task's longer run the eight alone.
+    """
     for init in INITS:
         yield Cell(task, init, seed=seed)
+    if task.endswith(LONGER):
+        return
     for rank in (4, 64):
         for init in OTHER_RANKS:
             yield Cell(task, init, rank, seed=seed)

@@ -13,6 +13,7 @@ from headstart.choose.shapes import Matrix
 INPUTS = ("inputs", "preserved")
 GRADIENTS = ("gradient", "output_gradients", "output_squares")
 WIDTH = 4  # directions that calibration keeps of a gradient, for each rank of the adapter
+SMALL = 4e8  # operations' worth of time of any iteration: its eigenproblems are small, and in float64
 PIECE = 2048  # tokens of a batch that a language model's loss is asked of at once
 ROWS = 192  # of a second moment in one block
 
@@ -102,7 +103,7 @@ class Work:
 
 def work_of(kind: str, m: int, n: int, r: int) -> Work:
     """What a start does with one weight (m, n) at rank r."""
-    d, factors, krylov = min(m, n), 4 * r * (m + n), 2.0 * m * n * (450 + 13 * r)
+    d, factors, krylov = min(m, n), 4 * r * (m + n), 2.0 * m * n * (450 + 13 * r) + SMALL
     found = {
         "free": Work(0, float(r * (m + n))),
         "norm": Work(8 << 20, 2.0 * m * n),

@@ -60,9 +60,10 @@ def print_diagnosis(found: Diagnosis) -> None:
     for title in ("engine", "verdict", "off by, at worst"):
         table.add_column(title)
     for reading in found.readings:
-        table.add_row(
-            reading.engine.title, Text(reading.verdict.value, _COLOURS[reading.verdict]), printable(_off(reading))
-        )
+        said = Text(reading.verdict.value, _COLOURS[reading.verdict])
+        if found.faults and reading.verdict is Verdict.LOADS:
+            said = Text("loads what is wrong", _COLOURS[Verdict.DIFFERS])
+        table.add_row(reading.engine.title, said, printable(_off(reading)))
     out.print()
     out.print(table)
     for (because, repair), readings in _reasons(found.readings).items():
