@@ -8,6 +8,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 PINS   := pyproject.toml constraints.txt models.txt
 ARGS   ?=
+BESIDE := $(VENV)/torchao
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check docs bench generate env dev clean
@@ -19,8 +20,9 @@ help: ## list these targets
 demo: env ## fine-tune a real pretrained model on this machine, in minutes, and show what came out
 	$(BIN)/headstart demo $(ARGS)
 
-test: dev ## the whole suite
+test: dev $(VENV)/.stamp-torchao ## the whole suite
 	$(BIN)/python -m pytest -q -n auto $(ARGS)
+	$(if $(ARGS),,PYTHONPATH=$(BESIDE) $(BIN)/python -m pytest -q -k torchao tests/test_quantized.py)
 
 check: dev ## lint, formatting, types
 	$(BIN)/ruff check .
@@ -61,4 +63,9 @@ $(VENV)/.stamp: $(PINS) | $(BIN)/python
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp
 	$(PIP) install -qq --constraint constraints.txt --editable '.[dev,docs]'
+	@touch $@
+
+# Not into the environment: transformers and PEFT import it wherever it is installed, for seconds.
+$(VENV)/.stamp-torchao: $(VENV)/.stamp-dev
+	$(PIP) install -qq --no-deps --upgrade --target $(BESIDE) torchao==0.18.0
 	@touch $@
