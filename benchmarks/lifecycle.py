@@ -51,11 +51,14 @@ def _life(work: str, make: Maker, folder: Path, repeats: int) -> Iterator[Row]:
 
     merging = {
         "ours": _call(lambda: _ours(make), hs.merge),
+        "in place": _call(lambda: _ours(make), lambda model: hs.merge(model, in_place=True)),
         "peft": _call(lambda: _peft(make), lambda model: model.merge_and_unload()),
         "safe": _call(lambda: _peft(make), lambda model: model.merge_and_unload(safe_merge=True)),
     }
     costs = measure(merging, repeats)
-    yield row(f"merge, {work}", costs["ours"], costs["peft"], Target(time=0.5), "PEFT's writes into the weights")
+    within, target = "PEFT's writes into the weights", Target(time=0.5)
+    yield row(f"merge in place, {work}", costs["in place"], costs["peft"], target, "both write into the weights")
+    yield row(f"merge, {work}", costs["ours"], costs["peft"], target, within)
     note = "neither touches a weight before the result is known to be good"
     yield row(f"merge, beside safe_merge=True, {work}", costs["ours"], costs["safe"], Target(time=0.5), note)
 

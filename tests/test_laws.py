@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import os
@@ -23,6 +24,7 @@ from headstart.errors import BadOption
 from headstart.inits import strategy as registry
 from headstart.inits.pissa import pissa
 from headstart.inits.strategy import Factors, Strategy
+from headstart.lora import delta
 from headstart.lora.adapt import adapter_of
 from headstart.lora.config import LoraConfig
 from headstart.lora.layers import lora_layers
@@ -374,6 +376,79 @@ def test_disabled_is_the_base_while_merged_too(case: Case) -> None:
     with NATIVE.disabled(adapted):
         assert all(map(torch.equal, case.outputs(adapted), case.outputs(base)))
     assert all(map(torch.equal, case.outputs(adapted), merged))
+
+
+def same_model(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two models are made of the same modules and hold the same bits."""
+    a, b = one.state_dict(), other.state_dict()
+    kinds = [[(name, type(module)) for name, module in model.named_modules()] for model in (one, other)]
+    flags = [[(name, p.requires_grad) for name, p in model.named_parameters()] for model in (one, other)]
+    return (
+        kinds[0] == kinds[1]
+        and flags[0] == flags[1]
+        and a.keys() == b.keys()
+        and all(map(same_bits, a.values(), b.values()))
+    )
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merge_in_place_is_the_same_merge(kind: str, dtype: torch.dtype) -> None:
+    case = Case("pissa", KINDS[kind], dtype)
+    if not case.runs:
+        pytest.skip(f"{kind} does not run in {dtype}")
+    apart, within = copy.deepcopy(case.trained), copy.deepcopy(case.trained)
+    frozen = {name: layer.original for name, layer in lora_layers(within)}
+    shared = len(set(map(id, frozen.values()))) < len(frozen)
+    wanted = hs.merge(apart).lost
+    assert hs.merge(within, in_place=True).lost == pytest.approx(wanted)
+    assert same_model(within, apart)
+    kept = {id(parameter) for parameter in within.parameters()}
+    assert shared or kind.startswith("tied") or all(id(parameter) in kept for parameter in frozen.values())
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("kind", ["linear", "experts", "attention", "linear_dora"])
+def test_an_interrupt_of_a_merge_in_place_leaves_the_outputs_as_they_are(
+    kind: str, late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a layer's weight is written to, and right after."""
+    case = Case("pissa", KINDS[kind], torch.float64)
+    layers = len(dict(lora_layers(case.trained)))
+    assert layers > 1
+    whole = copy.deepcopy(case.trained)
+    hs.merge(whole)
+    real = delta.fold
+    for k in range(layers):
+        model, calls = copy.deepcopy(case.trained), itertools.count()
+
+        def failing(*given: Any, calls: Any = calls, k: int = k) -> None:
+            ours = next(calls) == k
+            if late or not ours:
+                real(*given)
+            if ours:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(delta, "fold", failing)
+            with pytest.raises(KeyboardInterrupt):
+                hs.merge(model, in_place=True)
+        assert len(dict(lora_layers(model))) == layers - k - late
+        for a, b in zip(case.outputs(model), case.outputs(case.trained), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        hs.merge(model, in_place=True)
+        assert same_model(model, whole)
+
+
+def test_a_merge_in_place_keeps_nothing_to_go_back_to(case: Case) -> None:
+    model = case.adapted()
+    with pytest.raises(BadOption, match="leave reversible or in_place out"):
+        hs.merge(model, reversible=True, in_place=True)
+    assert dict(lora_layers(model))
 
 
 def test_an_interrupt_in_the_commit_leaves_the_model_alone(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,6 +60,15 @@ class Adapter:
         """The LoRA layers by name."""
         return dict(lora_layers(self.model))
 
+    def release(self, layer: LoraLayer) -> None:
+        """Put back what stood where this layer stands, in the model or below another layer."""
+        under = layer.base_layer
+        for parent, leaf in holders_of(self.model)[layer]:
+            parent._modules[leaf] = under
+        self.holders = [
+            (places, under if base is layer else base) for places, base in self.holders if base is not under
+        ]
+
     def parameters(self) -> list[nn.Parameter]:
         """What trains."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]

@@ -102,6 +102,19 @@ def merged_weight(layout: Layout, weight: Tensor, branch: Branch) -> Tensor:
     return merged
 
 
+def fold(layout: Layout, weight: Tensor, branch: Branch) -> None:
+    """The same written into a float32 or float64 weight, by one operation: an interrupt finds all of it or nothing."""
+    block, *more = layout.blocks(weight)
+    within = block.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+    if more or not within or branch.magnitude is not None:
+        weight.copy_(merged_weight(layout, weight, branch))
+        return
+    if weight.dtype == torch.float64:
+        branch = replace(branch, A=branch.A.double(), B=branch.B.double())
+    ((A, B),) = branch.pairs(layout)
+    block.addmm_(B.to(weight.dtype), A.to(weight.dtype), alpha=branch.scaling)
+
+
 def _add(weight: Tensor, B: Tensor, A: Tensor, scaling: float) -> Tensor:
     """W + s·B·A, walking the weight in the order in which it lies in memory."""
     if weight.stride(-1) != 1 and weight.stride(0) == 1:

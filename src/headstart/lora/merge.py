@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from headstart import linalg
-from headstart.errors import AdapterState, MetaWeight, NonFiniteWeight
-from headstart.lora import matrix, quantized
-from headstart.lora.adapt import adapter_of, take_out
+from headstart.errors import AdapterState, BadOption, MetaWeight, NonFiniteWeight
+from headstart.lora import delta, matrix, quantized
+from headstart.lora.adapt import Adapter, adapter_of, take_out
 from headstart.lora.layers import LoraLayer, frozen_module
 
 
@@ -34,7 +34,7 @@ class MergeReport:
         return max(self.lost.values(), default=0.0)
 
 
-def merge(model: nn.Module, *, reversible: bool = False) -> MergeReport:
+def merge(model: nn.Module, *, reversible: bool = False, in_place: bool = False) -> MergeReport:
     """Fold the adapter into the weights.
 
     In float16 and bfloat16 every element is the float64 sum, rounded once. In float32 it is a chain of
@@ -42,20 +42,24 @@ def merge(model: nn.Module, *, reversible: bool = False) -> MergeReport:
 
     The merged weights are new tensors, which are all there before the first is put in: a merge needs memory for one
     more copy of the adapted weights, and a reversible one keeps both. What shares a weight with an adapted layer keeps
-    its own.
+    its own. `in_place` goes layer by layer through the weights themselves, and needs memory for one layer.
 
     Args:
         model: an adapted model.
         reversible: keep the adapter and the frozen weights, so that `unmerge(model)` restores the same bits.
             Otherwise the adapter is gone, and the model is made of its own modules again.
+        in_place: write into the frozen weights, also for whoever else holds them outside of this model. Interrupted, it
+            leaves some layers merged and the others adapted: the outputs are the same, the first ones' weights gone.
 
     Returns:
         How much of the update survived the rounding, by layer.
 
     Raises:
-        AdapterState: if there is no adapter. MetaWeight: if a weight is not loaded. NonFiniteWeight: if a factor is not
-            finite. Nothing is changed then.
+        BadOption: if it is to be reversible and in place. AdapterState: if there is no adapter. MetaWeight: if a weight
+            is not loaded. NonFiniteWeight: if a factor is not finite. Nothing is changed then.
     """
+    if reversible and in_place:
+        raise BadOption("a merge in place keeps nothing to go back to: leave reversible or in_place out")
     adapter = adapter_of(model)
     layers = {name: layer for name, layer in adapter.layers().items() if not layer.merged}
     if reversible and not layers:
@@ -67,10 +71,15 @@ def merge(model: nn.Module, *, reversible: bool = False) -> MergeReport:
     linalg.prepare(sum(layer.original.numel() for layer in layers.values()))
     with torch.no_grad():
         check_finite(layers, "merged")
-        found = {name: _merged(layer) for name, layer in layers.items()}
-    shared = _shared(model, layers)
-    for name, layer in layers.items():
-        layer.merge(found[name][0])
+        shared = _shared(model, layers)
+        if in_place:
+            # What stands inside another first: attention calls its own projections through our layer alone.
+            lost = {name: _folded(adapter, layers[name], name in shared) for name in reversed(layers)}
+        else:
+            found = {name: _merged(layer) for name, layer in layers.items()}
+            lost = {name: share for name, (_, share) in found.items()}
+            for name, layer in layers.items():
+                layer.merge(found[name][0])
     if shared:
         warnings.warn(
             f"{', '.join(shared)} shared a weight with other modules and has one of its own now; "
@@ -84,7 +93,7 @@ def merge(model: nn.Module, *, reversible: bool = False) -> MergeReport:
             layer.forget_original()
             layer.weight_parameter.requires_grad_(flag)
         take_out(adapter, keep_trained=True)
-    return MergeReport({name: lost for name, (_, lost) in found.items()})
+    return MergeReport(lost)
 
 
 def check_finite(layers: Mapping[str, LoraLayer], purpose: str) -> None:
@@ -105,6 +114,32 @@ def _merged(layer: LoraLayer) -> tuple[nn.Parameter, float]:
     update = torch.linalg.vector_norm(weight.double() - layer.frozen_values().double())
     error = torch.linalg.vector_norm(matrix.dense(parameter, module).double() - weight.double())
     return parameter, float(error / update) if update else 0.0
+
+
+def _folded(adapter: Adapter, layer: LoraLayer, shared: bool) -> float:
+    """Fold one layer into its own weight, and put the module in its place that stood there before the adapter."""
+    weight, lost = layer.original, 0.0
+    version = weight._version
+    try:
+        if shared or quantized.is_quantized(weight) or not _writable(weight):
+            parameter, lost = _merged(layer)
+            adapter.flags += [(parameter, flag) for known, flag in adapter.flags if known is weight]
+            layer.merge(parameter)
+        elif weight.dtype in (torch.float32, torch.float64) and layer.base_weight is None:
+            delta.fold(layer.layout, weight, layer.branch())
+        else:
+            parameter, lost = _merged(layer)
+            weight.copy_(parameter)
+    finally:  # Also where an interrupt came after the weight was written to, for the branch is in it now.
+        if layer.merged or weight._version != version:
+            layer.forget_original()
+            adapter.release(layer)
+    return lost
+
+
+def _writable(weight: Tensor) -> bool:
+    apart = zip(weight.stride(), weight.shape, strict=True)
+    return not weight.is_inference() and all(stride or size < 2 for stride, size in apart)
 
 
 def _lost(layer: LoraLayer, merged: Tensor, rows: int = 16) -> float:

@@ -72,7 +72,7 @@ def _through_the_model(
         headstart.load(model, adapter)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # It advises what the next line does.
-        report = headstart.merge(model)
+        report = headstart.merge(model, in_place=True)
     untied = _untie(model)
     tokenizer = models.tokenizer_of(source)
 
