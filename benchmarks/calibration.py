@@ -1,7 +1,8 @@
 """Starts that look at data, beside PEFT's: float32, 32 batches of 4 × 256 tokens, r = 8 on every Linear.
 
 What a start costs is held against the bare forward passes over the same batches, and its memory against those, or,
-where gradients are asked for, against the training step of a plain LoRA on the same layers. Three batches are run; the
+where gradients are asked for, against the training step of a plain LoRA on the same layers; it is what torch holds of
+what it allocates, to the byte. Three batches are run; the
 others are counted at what the median of those took after the first. PEFT's CorDA takes one row at a time and gets the
 same tokens as 1 × 1024; its EVA goes through the data until its directions rest, here after two rows.
 """
@@ -41,7 +42,7 @@ def _starts(base: nn.Module, name: str, given: _Pass) -> Iterator[Row]:
     size = sum(p.numel() * p.element_size() for p in base.parameters()) / 1e6
     work = f"{name}, {given.count} batches of {given.shape[0]} × {given.shape[1]}"
     bare = given.cost(lambda data: _forwards(base, data))
-    step = in_child(_step(base, given.batches[0]))
+    step = in_child(_step(base, given.batches[0]), exact=True)
     ours = {init: given.cost(_ours(base, init)) for init in STARTS}
 
     eva = _peft_eva(base, given) if name.startswith("SmolLM2") else Cost()
@@ -82,9 +83,10 @@ class _Pass:
         """Of work on all of them. The first is not counted on: it meets cold caches and empty statistics."""
         # Shared, because a child writes it.
         seconds = torch.zeros(len(self.batches) + 1, dtype=torch.float64).share_memory_()
-        cost = in_child(lambda: lambda: work(_Watched(self.batches, seconds)))
+        spent = in_child(lambda: lambda: work(_Watched(self.batches, seconds))).cpu or 0.0
         each = float(seconds.diff()[1:].median())
-        return dataclasses.replace(cost, cpu=(cost.cpu or 0.0) + (self.count - len(self.batches)) * each)
+        memory = in_child(lambda: lambda: work(self.batches), exact=True)
+        return dataclasses.replace(memory, cpu=spent + (self.count - len(self.batches)) * each)
 
 
 @dataclass(frozen=True)
@@ -178,9 +180,8 @@ def _peft_eva(base: nn.Module, given: _Pass) -> Cost:
         model = peft.get_peft_model(base, peft_config("eva", RANK, eva_config=eva), low_cpu_mem_usage=True)
         peft.initialize_lora_eva_weights(model, data, show_progress_bar=False)
 
-    cost = in_child(lambda: work)
-    share = given.count * given.shape[0] / len(parts)
-    return dataclasses.replace(cost, cpu=(cost.cpu or 0.0) * share)
+    spent, memory = in_child(lambda: work).cpu or 0.0, in_child(lambda: work, exact=True)
+    return dataclasses.replace(memory, cpu=spent * given.count * given.shape[0] / len(parts))
 
 
 def _peft_corda(base: nn.Module) -> Work:

@@ -113,7 +113,7 @@ def interleaved(arms: Mapping[str, Arm], repeats: int, warmups: int = 1) -> dict
     return {name: statistics.median(taken) for name, taken in seconds.items()}
 
 
-def in_child(arm: Arm, warm: Arm | None = None) -> Cost:
+def in_child(arm: Arm, warm: Arm | None = None, exact: bool = False) -> Cost:
     """One run in a forked child: what the arm keeps, and what allocators keep for it, ends with the child.
 
     The memory is the growth of the resident set, from /proc; None where there is none. Pages of files, such as the
@@ -121,6 +121,7 @@ def in_child(arm: Arm, warm: Arm | None = None) -> Cost:
 
     Args:
         warm: a smaller arm of the same kind that is run first, so that buffers made once in a process are not counted.
+        exact: count what torch allocates instead, which is right to the byte and blind to other libraries. No seconds.
     """
     reader, writer = os.pipe()
     child = os.fork()
@@ -132,7 +133,8 @@ def in_child(arm: Arm, warm: Arm | None = None) -> Cost:
 
             # The team of threads that the parent's OpenMP knows did not come along: whoever waits for it waits forever.
             torch.set_num_threads(1)
-            os.write(writer, json.dumps(dataclasses.astuple(_cost(arm, warm))).encode())
+            found = held(arm()) if exact else _cost(arm, warm)
+            os.write(writer, json.dumps(dataclasses.astuple(found)).encode())
         except BaseException:
             traceback.print_exc()
         finally:
@@ -195,18 +197,24 @@ def measure(arms: Mapping[str, Arm], repeats: int, warm: Mapping[str, Arm] | Non
 
 def allocated(call: Call) -> float:
     """The most that torch held at once of what it allocated within a call, in MB: exact, unlike the resident set."""
+    return held(call).peak or 0.0
+
+
+def held(call: Call) -> Cost:
+    """The most that torch held at once of what it allocated within a call, and what of it the result keeps."""
     from torch.profiler import ProfilerActivity, profile
 
     gc.collect()  # What dies within would count as given back, and was never counted as taken.
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        call()
+        result = call()
     results: Any = recorded.profiler.kineto_results
     events = sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
-    held = peak = 0
+    now = peak = 0
     for event in events:
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak / 1e6
+        now += event.nbytes()
+        peak = max(peak, now)
+    del result
+    return Cost(None, peak / 1e6, now / 1e6)
 
 
 def fresh_processes(arms: Mapping[str, list[str]], repeats: int) -> dict[str, float]:
