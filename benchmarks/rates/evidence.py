@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 import headstart as hs
+from benchmarks.rates.sweep import LONGER
 from benchmarks.rates.tasks import HEAD_RATE, TASKS, Task
 from headstart.files.atomic import text_writer, write_files
 
@@ -32,9 +33,11 @@ TITLES = {
     "mnist": "Which start for digits that lie on their side?",
     "shakespeare": "Which start for Shakespeare, byte by byte?",
     "mbpp": "Which start for SmolLM2 on small programs?",
+    "mbpp_long": "LoRA-One or plain LoRA for SmolLM2 on small programs, in runs of 100 steps?",
 }
 LONG = ("mbpp", "gsm8k")  # A run takes a minute and more: fewer arms.
 FEW = ("kaiming", "pissa", "eva", "lora_one")
+PAIR = ("kaiming", "lora_one")
 
 
 def main() -> None:
@@ -47,15 +50,15 @@ def main() -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     for name in given.task or list(TASKS):
         given.results.mkdir(parents=True, exist_ok=True)
-        found = compared(TASKS[name](given.data), f"sqlite:///{given.results / name}.db")
+        found = compared(name, TASKS[name](given.data), f"sqlite:///{given.results / name}.db")
         write_files(given.results, {f"{name}.json": text_writer(found.to_json())})
         write_files(given.pages, {f"{name}.html": text_writer(found.to_html())})
         print(found)
 
 
-def compared(task: Task, storage: str) -> hs.Comparison:
+def compared(name: str, task: Task, storage: str) -> hs.Comparison:
     """Every start on a task, as long as the task's runs are."""
-    heads = sorted({name.split(".")[0] for name, p in task.model.named_parameters() if p.requires_grad})
+    heads = sorted({leaf.split(".")[0] for leaf, p in task.model.named_parameters() if p.requires_grad})
     task.model.requires_grad_(False)
 
     def config(init: str) -> hs.LoraConfig:
@@ -64,12 +67,13 @@ def compared(task: Task, storage: str) -> hs.Comparison:
             modules_to_save=heads or None,
         )  # fmt: skip
 
-    arms = {init: config(init) for init in (FEW if task.name in LONG else ARMS)}
+    chosen = PAIR if name.endswith(LONGER) else FEW if name in LONG else ARMS
+    arms = {init: config(init) for init in chosen}
     facts = {
-        **({"title": TITLES[task.name]} if task.name in TITLES else {}),
+        **({"title": TITLES[name]} if name in TITLES else {}),
         "data": task.name,
         "batch_size": task.batch_size,
-        "command": f"python -m benchmarks.rates.evidence --task {task.name}",
+        "command": f"python -m benchmarks.rates.evidence --task {name}",
         "metric": "held-out loss",
     }
     return hs.compare(
