@@ -40,9 +40,9 @@ def main() -> None:
     for name in chosen:
         bench = Bench(TASKS[name](given.data))
         if given.predict:
-            foresee(bench, given.results)
+            foresee(name, bench, given.results)
         elif given.probe:
-            attempt(bench, given.results)
+            attempt(name, bench, given.results)
         else:
             runs = Runs(given.results / f"{name}.jsonl", like=given.results / f"{family({'task': name})}.jsonl")
             for seed in given.seed or [0]:
@@ -50,9 +50,8 @@ def main() -> None:
                     walk(bench, cell, runs)
 
 
-def foresee(bench: Bench, folder: Path) -> None:
+def foresee(name: str, bench: Bench, folder: Path) -> None:
     """Predict every cell that was swept, from the best rate of plain LoRA."""
-    name = bench.task.name
     found = swept(Runs(folder / f"{name}.jsonl").lines)
     predictions = Predictions(folder / f"{name}.predicted.jsonl")
     base = found[(name, "kaiming", 16, 1.0)].best
@@ -62,9 +61,8 @@ def foresee(bench: Bench, folder: Path) -> None:
             print(predictions.lines[-1], flush=True)
 
 
-def attempt(bench: Bench, folder: Path) -> None:
+def attempt(name: str, bench: Bench, folder: Path) -> None:
     """Run the trials of every cell that was predicted, about what the other tasks' constants predict."""
-    name = bench.task.name
     every = [line for task in TASKS for line in Predictions(folder / f"{task}.predicted.jsonl").lines]
     found = swept([line for task in TASKS for line in Runs(folder / f"{task}.jsonl").lines])
     trials = Predictions(folder / f"{name}.trials.jsonl")

@@ -33,7 +33,7 @@ TITLES = {
     "mnist": "Which start for digits that lie on their side?",
     "shakespeare": "Which start for Shakespeare, byte by byte?",
     "mbpp": "Which start for SmolLM2 on small programs?",
-    "mbpp_long": "LoRA-One or plain LoRA for SmolLM2 on small programs, in runs of 100 steps?",
+    "shakespeare_long": "LoRA-One or plain LoRA for Shakespeare, in runs of 320 steps?",
 }
 LONG = ("mbpp", "gsm8k")  # A run takes a minute and more: fewer arms.
 FEW = ("kaiming", "pissa", "eva", "lora_one")

@@ -296,5 +296,4 @@ TASKS: dict[str, Callable[[Path], Task]] = {
     "gsm8k": gsm8k,
     "trec_long": functools.partial(trec, steps=240),
     "shakespeare_long": functools.partial(shakespeare, steps=320),
-    "mbpp_long": functools.partial(mbpp, steps=100),
 }
