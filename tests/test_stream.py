@@ -37,6 +37,7 @@ from headstart.errors import (
 )
 from headstart.files.merging import ahead, rewrite, shards
 from headstart.files.merging.folding import LowRank, Piece
+from headstart.linalg import kernels
 from headstart.lora.delta import Branch
 from headstart.lora.layers import lora_layers
 from headstart.testing.cases import Case
@@ -395,6 +396,21 @@ def test_however_many_work_on_it_the_bytes_are_the_same(
     assert threading.get_ident() not in active
     if given.get("method") == "svd":
         assert len(set(active)) > 3
+
+
+def test_compiled_casts_write_the_same_bytes(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("numba")
+    monkeypatch.setattr(kernels, "_loaded", [])
+    hs.merge_checkpoint(base, adapter, tmp_path / "plain")
+    assert kernels.ready() is None
+    monkeypatch.setattr(kernels, "WORTH", 1)
+    monkeypatch.setattr(ahead, "workers", lambda: 3)
+    hs.merge_checkpoint(base, adapter, tmp_path / "compiled")
+    assert kernels.ready() is not None
+    for file in (tmp_path / "plain").iterdir():
+        assert (tmp_path / "compiled" / file.name).read_bytes() == file.read_bytes()
 
 
 def test_a_worker_that_fails_ends_all_of_them(
