@@ -60,10 +60,10 @@ class Adapter:
         """The LoRA layers by name."""
         return dict(lora_layers(self.model))
 
-    def release(self, layer: LoraLayer) -> None:
-        """Put back what stood where this layer stands, in the model or below another layer."""
+    def release(self, layer: LoraLayer, places: Holders) -> None:
+        """Put back what stood where this layer stands: in `places`, in the model or below another layer."""
         under = layer.base_layer
-        for parent, leaf in holders_of(self.model)[layer]:
+        for parent, leaf in places:
             parent._modules[leaf] = under
         self.holders = [
             (places, under if base is layer else base) for places, base in self.holders if base is not under

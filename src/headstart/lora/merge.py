@@ -15,6 +15,7 @@ from headstart.errors import AdapterState, BadOption, MetaWeight, NonFiniteWeigh
 from headstart.lora import delta, matrix, quantized
 from headstart.lora.adapt import Adapter, adapter_of, take_out
 from headstart.lora.layers import LoraLayer, frozen_module
+from headstart.lora.targets import Holders, holders_of
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,12 @@ def merge(model: nn.Module, *, reversible: bool = False, in_place: bool = False)
     linalg.prepare(sum(layer.original.numel() for layer in layers.values()))
     with torch.no_grad():
         check_finite(layers, "merged")
-        shared = _shared(model, layers)
+        shared, lost = _shared(model, layers), dict.fromkeys(layers, 0.0)
         if in_place:
             # What stands inside another first: attention calls its own projections through our layer alone.
-            lost = {name: _folded(adapter, layers[name], name in shared) for name in reversed(layers)}
+            places = holders_of(adapter.model)
+            for name in reversed(layers):
+                lost[name] = _folded(adapter, layers[name], places[layers[name]], name in shared)
         else:
             found = {name: _merged(layer) for name, layer in layers.items()}
             lost = {name: share for name, (_, share) in found.items()}
@@ -116,7 +119,7 @@ def _merged(layer: LoraLayer) -> tuple[nn.Parameter, float]:
     return parameter, float(error / update) if update else 0.0
 
 
-def _folded(adapter: Adapter, layer: LoraLayer, shared: bool) -> float:
+def _folded(adapter: Adapter, layer: LoraLayer, places: Holders, shared: bool) -> float:
     """Fold one layer into its own weight, and put the module in its place that stood there before the adapter."""
     weight, lost = layer.original, 0.0
     version = weight._version
@@ -133,7 +136,7 @@ def _folded(adapter: Adapter, layer: LoraLayer, shared: bool) -> float:
     finally:  # Also where an interrupt came after the weight was written to, for the branch is in it now.
         if layer.merged or weight._version != version:
             layer.forget_original()
-            adapter.release(layer)
+            adapter.release(layer, places)
     return lost
 
 
