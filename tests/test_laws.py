@@ -27,7 +27,7 @@ from headstart.inits.strategy import Factors, Strategy
 from headstart.lora import delta
 from headstart.lora.adapt import adapter_of
 from headstart.lora.config import LoraConfig
-from headstart.lora.layers import lora_layers
+from headstart.lora.layers import LoraLayer, lora_layers
 from headstart.testing import (
     KINDS,
     LAWS,
@@ -399,8 +399,6 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_merge_in_place_is_the_same_merge(kind: str, dtype: torch.dtype) -> None:
     case = Case("pissa", KINDS[kind], dtype)
-    if not case.runs:
-        pytest.skip(f"{kind} does not run in {dtype}")
     apart, within = copy.deepcopy(case.trained), copy.deepcopy(case.trained)
     frozen = {name: layer.original for name, layer in lora_layers(within)}
     shared = len(set(map(id, frozen.values()))) < len(frozen)
@@ -442,6 +440,24 @@ def test_an_interrupt_of_a_merge_in_place_leaves_the_outputs_as_they_are(
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
         hs.merge(model, in_place=True)
         assert same_model(model, whole)
+
+
+def test_an_interrupt_while_a_shared_weight_is_replaced_loses_no_branch(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("pissa", KINDS["tied"], torch.float64)
+    model, whole = copy.deepcopy(case.trained), copy.deepcopy(case.trained)
+    hs.merge(whole)
+
+    def interrupted(layer: LoraLayer, weight: nn.Parameter) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LoraLayer, "_put", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            hs.merge(model, in_place=True)
+    for a, b in zip(case.outputs(model), case.outputs(case.trained), strict=True):
+        assert torch.equal(a, b)
+    hs.merge(model, in_place=True)
+    assert same_model(model, whole)
 
 
 def test_a_merge_in_place_keeps_nothing_to_go_back_to(case: Case) -> None:

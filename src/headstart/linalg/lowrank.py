@@ -66,9 +66,9 @@ def add_lowrank(
 ) -> Float[Tensor, "m n"]:
     """W + s·B·A as a new tensor of W's dtype, without the dense product.
 
-    For float16 and bfloat16 every element is the float64 sum rounded once, to nearest even; after `kernels.prepare` by
-    compiled loops. For float32 and float64
-    it is a chain of multiplications and additions in that dtype, wrong by a few ulp of |W| + |s|·|B|·|A|.
+    For float16 and bfloat16 every element is the float64 sum rounded once, to nearest even; in bfloat16 by compiled
+    loops where `prepare` has loaded them. For float32 and float64 it is a chain of multiplications and additions in
+    that dtype, wrong by a few ulp of |W| + |s|·|B|·|A|.
     """
     with torch.no_grad():
         if W.dtype in (torch.float32, torch.float64):

@@ -134,15 +134,15 @@ def _folded(adapter: Adapter, layer: LoraLayer, places: Holders, shared: bool) -
             parameter, lost = _merged(layer)
             weight.copy_(parameter)
     finally:  # Also where an interrupt came after the weight was written to, for the branch is in it now.
-        if layer.merged or weight._version != version:
-            layer.forget_original()
+        layer.forget_original()
+        if layer.weight_parameter is not weight or weight._version != version:
             adapter.release(layer, places)
     return lost
 
 
 def _writable(weight: Tensor) -> bool:
-    apart = zip(weight.stride(), weight.shape, strict=True)
-    return not weight.is_inference() and all(stride or size < 2 for stride, size in apart)
+    """Whether every number has a place of its own, which an expanded one has not."""
+    return all(stride or size < 2 for stride, size in zip(weight.stride(), weight.shape, strict=True))
 
 
 def _lost(layer: LoraLayer, merged: Tensor, rows: int = 16) -> float:
