@@ -392,6 +392,7 @@ def test_compiled_casts_are_loaded_where_they_pay_and_are_there(monkeypatch: pyt
     kernels.prepare(kernels.WORTH - 1)
     assert kernels.ready() is None
     monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.delitem(sys.modules, "headstart.linalg.compiled", raising=False)
     kernels.load.cache_clear()
     kernels.prepare(kernels.WORTH)
     assert kernels.ready() is None

@@ -5,7 +5,7 @@ lanczos.py    block Lanczos on that side
 spectrum.py   from a subspace to triplets, signs and a certificate
 triplets.py   the leading and the trailing triplets: routes and escalation
 lowrank.py    thin factors: QR, recompression, merging, row norms
-kernels.py    bfloat16 to float64 and back in one pass, where numba is installed
+compiled.py   a bfloat16 weight changed in one pass over memory; kernels.py: where numba is installed, and it pays
 """
 
 from headstart.linalg.kernels import prepare

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from headstart.errors import BadRank
 from headstart.linalg import kernels
-from headstart.linalg.kernels import CUT
 from headstart.linalg.sides import BLOCK
 from headstart.linalg.spectrum import signs
 
+# The last 38 of a float64's 52 digits. The other 14 exceed the 10 of a half type by the two that the proof needs, and
+# are so few that float32 holds them also where bfloat16 is subnormal.
+CUT = (1 << 38) - 1
 TILE = (128, 1024)  # Numbers that stay in the cache from cast to cast, and enough rows for a fast product.
 
 
@@ -66,9 +68,9 @@ def add_lowrank(
 ) -> Float[Tensor, "m n"]:
     """W + s·B·A as a new tensor of W's dtype, without the dense product.
 
-    For float16 and bfloat16 every element is the float64 sum rounded once, to nearest even; in bfloat16 by compiled
-    loops where `prepare` has loaded them. For float32 and float64 it is a chain of multiplications and additions in
-    that dtype, wrong by a few ulp of |W| + |s|·|B|·|A|.
+    For float16 and bfloat16 every element is the float64 sum rounded once, to nearest even; in bfloat16 by a
+    compiled loop where `prepare` has loaded it. For float32 and float64 it is a chain of multiplications and additions
+    in that dtype, wrong by a few ulp of |W| + |s|·|B|·|A|.
     """
     with torch.no_grad():
         if W.dtype in (torch.float32, torch.float64):
@@ -78,8 +80,9 @@ def add_lowrank(
         out = torch.empty(W.shape, dtype=W.dtype, device=W.device)
         left, right = B.double() * scaling, A.double()
         brief = W.dtype == torch.bfloat16 and W.device.type == "cpu" and W.numel()
-        if brief and W.is_contiguous() and (casts := kernels.ready()) is not None:
-            return _compiled(out, W, left, right, casts)
+        if brief and W.is_contiguous() and (compiled := kernels.ready()) is not None:
+            compiled(out, W, left, right)
+            return out
         into = _with_ties if brief else _through_odd
         wide = max(1, min(TILE[1], W.shape[1]))
         tall = TILE[0] * TILE[1] // wide
@@ -87,16 +90,6 @@ def add_lowrank(
         for old, a, new in zip(W.split(wide, 1), right.split(wide, 1), out.split(wide, 1), strict=True):
             into(new, old, left, a, tall, spare)
         return out
-
-
-def _compiled(out: Tensor, W: Tensor, left: Tensor, right: Tensor, casts: kernels.Casts) -> Tensor:
-    tall = max(1, TILE[0] * TILE[1] // W.shape[1])
-    spare = torch.empty(min(tall, len(W)), W.shape[1], dtype=torch.float64)
-    for new, old, b in zip(out.split(tall), W.split(tall), left.split(tall), strict=True):
-        x = spare[: len(old)]
-        casts.widen(old, x)
-        casts.narrow(x.addmm_(b, right), new)
-    return out
 
 
 def _through_odd(out: Tensor, W: Tensor, left: Tensor, right: Tensor, tall: int, spare: Tensor) -> None:

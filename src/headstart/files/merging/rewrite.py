@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -24,10 +24,11 @@ from headstart.files.merging.loss import CheckpointReport, Loss, Losses, every, 
 from headstart.files.merging.plan import Edit, Plan, Task
 from headstart.files.merging.shard_writer import ShardWriter, header_room
 from headstart.files.merging.shards import Stored, read_rows, read_whole, row_ranges
+from headstart.files.merging.unbuffered import Disk
 from headstart.linalg.blend import SPARSE
 from headstart.lora import quantized
 
-BLOCK = 2 << 20  # Bytes of a tensor that one step reads: of larger pieces the system wants the memory back each time.
+BLOCK = 4 << 20  # Bytes of a tensor that one step reads: of larger pieces the system wants the memory back each time.
 Progress = Callable[[int, int], None]
 
 
@@ -67,7 +68,7 @@ class Rewriting:
         """Write everything into a folder."""
         waiting: list[Future[None]] = []
         linalg.prepare(sum(task.source.numel for tasks in self.plan.tasks.values() for task in tasks if task.edit))
-        with ThreadPoolExecutor(1) as disk, ExitStack() as files:
+        with Disk() as disk, ExitStack() as files:
             ahead.run(
                 step
                 for file in self.checkpoint.metadata
@@ -81,7 +82,7 @@ class Rewriting:
             beside.write_index(self.checkpoint.index, folder, self.index, self.data)
         beside.write_settings(self.checkpoint.folder, folder, self.dtype, self.plan.untied)
 
-    def _writer(self, file: Path, folder: Path, disk: Executor) -> ShardWriter:
+    def _writer(self, file: Path, folder: Path, disk: Disk) -> ShardWriter:
         tensors = self.checkpoint.in_order(file)
         names = {task.key for one in tensors for task in self._tasks(one)} | {one.key for one in tensors}
         metadata = self.checkpoint.metadata[file]
@@ -102,8 +103,7 @@ class Rewriting:
                 yield Step(partial(self._tick, size))
 
         def finish(_: None) -> None:
-            writer.finish()
-            waiting.extend(writer.waiting)
+            waiting.append(writer.finish())
             self.index |= dict.fromkeys(writer.header, file.name)
             self.data += writer.offset
 
