@@ -1,8 +1,7 @@
 """A file written from front to back, past the system's cache where the file system lets that happen.
 
-Through the cache, every byte is copied once more, pages are found for it, and others must leave: on two cores that took
-a third of all that merging a checkpoint does. Past it, the disk reads a block of memory itself, while the next one is
-filled.
+Through the cache, every byte is copied once more, pages are found for it, and others must leave: four to six times the
+work for the system. Past it, the disk reads a block of memory itself, while the next one is filled.
 """
 
 from __future__ import annotations
