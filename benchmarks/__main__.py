@@ -29,6 +29,8 @@ TOPICS = (
     "merging",
 )
 
+RESULTS = Path(__file__).parent / "results"
+
 
 def facts() -> dict[str, Any]:
     """What the numbers depend on."""
@@ -64,11 +66,17 @@ def show(row: dict[str, Any]) -> None:
     print(f"  {row['work']}: {', '.join(numbers)}  [{row['target']}] {met} {row['note']}".rstrip(), flush=True)
 
 
+def write(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:
+    """The facts and the rows, as JSON."""
+    text = json.dumps({**facts(), "rows": rows}, indent=1, ensure_ascii=False) + "\n"
+    (folder / f"{name}.json").write_text(text, encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure headstart beside PEFT.")
     parser.add_argument("topics", nargs="*", metavar="topic", help=f"some of: {', '.join(TOPICS)} (all of them)")
     parser.add_argument("--quick", action="store_true", help="smaller sizes, fewer repetitions")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     given = parser.parse_args()
     unknown = set(given.topics) - set(TOPICS)
     if unknown:
@@ -85,8 +93,7 @@ def main() -> None:
         for row in importlib.import_module(f"benchmarks.{topic}").rows("quick" if given.quick else "full"):
             show(row)
             rows.append(row)
-        text = json.dumps({**facts(), "rows": rows}, indent=1, ensure_ascii=False) + "\n"
-        (given.out / f"{topic}.json").write_text(text, encoding="utf-8")
+        write(given.out, topic, rows)
 
 
 if __name__ == "__main__":

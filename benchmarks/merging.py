@@ -6,7 +6,8 @@ where adapters are combined on one:
 
     OMP_NUM_THREADS=2 python -m benchmarks merging
 
-    python -m benchmarks.merging seven [FOLDER]    13.5 GB, Llama-7B's shapes in three shards, alone; 27 GB of disk
+    OMP_NUM_THREADS=2 python -m benchmarks.merging seven [FOLDER]
+                                13.5 GB, Llama-7B's shapes in three shards, alone; 27 GB of disk
 """
 
 from __future__ import annotations
@@ -185,37 +186,49 @@ def _through_peft(folder: Path) -> None:
 
 
 def seven(place: str | None) -> None:
-    """Merge Llama-7B's shapes, and print the speed and the memory beside those of copying."""
+    """Merge Llama-7B's shapes and copy them, in turns, and write the row of it."""
+    from benchmarks.__main__ import RESULTS, show, write
+
+    clock: dict[str, list[float]] = {"merge": [], "copy": []}
+    spent: dict[str, list[float]] = {"merge": [], "copy": []}
+    peak = 0.0
     with tempfile.TemporaryDirectory(dir=place) as there:
         folder = Path(there)
         size = _write(folder, *SEVEN, shard=SHARD)
-        print(f"{size / 1e9:.2f} GB in {len(list((folder / 'base').glob('*.safetensors')))} shards", flush=True)
-        clock: dict[str, list[float]] = {"merge": [], "copy": []}
-        for _ in range(TURNS):
-            _forget(folder / "base")  # Before the clock runs: what was just written goes to the disk first.
-            began, cpu = time.perf_counter(), time.process_time()
-            with _watched() as seen:
-                report = hs.merge_checkpoint(folder / "base", folder / "adapter", folder / "merged")
-            clock["merge"].append(time.perf_counter() - began)
-            print(
-                f"merged at {size / 1e6 / clock['merge'][-1]:.0f} MB/s in {clock['merge'][-1]:.1f} s, "
-                f"{time.process_time() - cpu:.1f} s of CPU; at most {max(seen):.0f} MB of anonymous memory, "
-                f"{seen[0]:.0f} MB before; {report.median:.1%} of an update lost in the layer in the middle",
-                flush=True,
-            )
-            shutil.rmtree(folder / "merged")
-            _forget(folder / "base")
-            began, cpu = time.perf_counter(), time.process_time()
+        shards = len(list((folder / "base").glob("*.safetensors")))
+
+        def merge() -> None:
+            hs.merge_checkpoint(folder / "base", folder / "adapter", folder / "merged")
+
+        def copy() -> None:
             _copy(folder / "base", folder / "merged")
-            clock["copy"].append(time.perf_counter() - began)
-            print(
-                f"copied and synced at {size / 1e6 / clock['copy'][-1]:.0f} MB/s, {time.process_time() - cpu:.1f} s of "
-                f"CPU: the merge has {clock['copy'][-1] / clock['merge'][-1]:.2f} of that",
-                flush=True,
-            )
-            shutil.rmtree(folder / "merged")
-        middle = {name: statistics.median(found) for name, found in clock.items()}
-        print(f"by the medians of {TURNS} turns: {middle['copy'] / middle['merge']:.2f} of the speed of copying")
+
+        for _ in range(TURNS):
+            for name, act in (("merge", merge), ("copy", copy)):
+                _forget(folder / "base")  # Before the clock runs: what was just written goes to the disk first.
+                with _watched() as seen:
+                    began, cpu = time.perf_counter(), time.process_time()
+                    act()
+                    clock[name].append(time.perf_counter() - began)
+                    spent[name].append(time.process_time() - cpu)
+                if name == "merge":
+                    peak = max(peak, *seen)
+                print(f"{name}: {clock[name][-1]:.1f} s, {spent[name][-1]:.1f} s of CPU", flush=True)
+                shutil.rmtree(folder / "merged")
+    seconds = {name: statistics.median(found) for name, found in clock.items()}
+    speed = seconds["copy"] / seconds["merge"]
+    turns = ", ".join(f"{copied / merged:.2f}" for merged, copied in zip(clock["merge"], clock["copy"], strict=True))
+    rate = {name: f"{size / 1e6 / found:.0f} MB/s" for name, found in seconds.items()}
+    found = row(
+        f"merge on disk, beside copying, {size / 1e9:.1f} GB in {shards} shards, bfloat16",
+        Cost(statistics.median(spent["merge"]), peak),
+        Cost(statistics.median(spent["copy"])),
+        Target(also={"≥ 0.7× the speed of copying": speed >= 0.7, "< 2 GB of memory": peak < 2000}),
+        f"merged at {rate['merge']}, copied and synced at {rate['copy']}: {speed:.2f}×; in turns {turns}; the memory "
+        "is all that the process has of its own",
+    )
+    show(found)
+    write(RESULTS, "merging_13gb", [found])
 
 
 @contextlib.contextmanager
