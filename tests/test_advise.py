@@ -533,6 +533,16 @@ def test_parquet_and_the_hub(tmp_path: Path) -> None:
     assert "not looked at" in str(look("owner/dataset"))
 
 
+@pytest.mark.parametrize("inside", ["\u2028", "\x85", "\x0b", "\f"])
+def test_a_row_may_hold_what_else_ends_lines(inside: str, tmp_path: Path) -> None:
+    rows = [{"text": f"one{inside}two"}, {"text": "three"}]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (tmp_path / "a.jsonl").write_text("\r\n".join(lines), encoding="utf-8", newline="")
+    (tmp_path / "a.csv").write_text(f'text\none{inside}two\n"three\nfour"\n', encoding="utf-8")
+    for name in ("a.jsonl", "a.csv"):
+        assert look(str(tmp_path / name)).rows == 2
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [

@@ -200,6 +200,16 @@ def test_a_function_is_shown_without_its_docstring() -> None:
         assert pair.sentence not in pair.source
 
 
+@pytest.mark.parametrize("between", ["\f", "\x0b", "\u2028", "\x85"])
+def test_a_module_may_hold_what_else_ends_lines(between: str, tmp_path: Path) -> None:
+    text = (
+        f'# one{between}\n\n\ndef double(number):\n    """Return a number twice as large."""\n    return 2 * number\n'
+    )
+    (tmp_path / "m.py").write_text(text, encoding="utf-8")
+    (pair,) = docstrings._pairs_of(tmp_path / "m.py", "m")
+    assert pair.source == "def double(number):\n    return 2 * number"
+
+
 @pytest.mark.parametrize(
     ("docstring", "sentence"),
     [

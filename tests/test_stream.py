@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import itertools
 import json
 import os
@@ -35,7 +36,7 @@ from headstart.errors import (
     UnsupportedLayer,
     WrongBase,
 )
-from headstart.files.merging import ahead, rewrite, shards
+from headstart.files.merging import ahead, rewrite, shards, unbuffered
 from headstart.files.merging.folding import LowRank, Piece
 from headstart.linalg import kernels
 from headstart.lora.delta import Branch
@@ -673,3 +674,25 @@ def test_pickled_weights_go_through_the_model(base: Path, adapter: Path, tmp_pat
     assert all(torch.equal(left[name], right[name]) for name in left)
     with pytest.raises(BadOption, match="from file to file only"):
         merge(str(base), [str(adapter)] * 2, str(tmp_path / "ties"), method="ties")
+
+
+def test_a_disk_that_is_full_at_the_last_byte_leaves_what_stood_there(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "merged"
+    hs.merge_checkpoint(base, adapter, out)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    put, asked = unbuffered._put, []
+
+    def full(file: int, memory: memoryview, place: int) -> None:
+        asked.append(place)
+        if place == 0:
+            raise OSError(errno.ENOSPC, "no space left")
+        put(file, memory, place)
+
+    monkeypatch.setattr(unbuffered, "_put", full)
+    with pytest.raises(FileError, match="no space left; nothing was changed"):
+        hs.merge_checkpoint(base, adapter, out, force=True)
+    assert len(asked) > 1
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    assert [one.name for one in tmp_path.iterdir() if one.name.startswith(".") or "merged" in one.name] == ["merged"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import statistics
 from collections.abc import Iterator
@@ -124,7 +125,8 @@ def _words(value: Any) -> Iterator[str]:
 
 
 def _lines(text: str, path: Path) -> Iterator[str]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    # A string in JSON may hold other ends of lines as they are, such as U+2028.
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 yield " ".join(_words(json.loads(line)))
@@ -143,7 +145,7 @@ def _text(text: str, path: Path) -> Iterator[str]:
 
 
 def _table(text: str, path: Path) -> Iterator[str]:
-    rows = csv.reader(text.splitlines(keepends=True), delimiter="\t" if path.suffix == ".tsv" else ",")
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",")
     next(rows, None)
     yield from (" ".join(row) for row in rows if row)
 

@@ -21,6 +21,7 @@ from headstart.linalg.lowrank import CUT
 
 TILE = 1 << 16  # Numbers whose change stays in the cache until it is added.
 
+# numba keeps what it compiled for as long as this file is as it was.
 _cut, _kept = np.uint64(CUT), np.uint64(~CUT & (1 << 64) - 1)
 _half, _below_half, _one = np.uint32(16), np.uint32(0x7FFF), np.uint32(1)
 _magnitude, _infinity, _quiet = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000), np.uint32(0x7FC0)
@@ -35,7 +36,7 @@ def add_lowrank(out: Tensor, W: Tensor, left: Tensor, right: Tensor) -> None:
         out, W: (m, n), bfloat16, contiguous, on the CPU; left: (m, r) and right: (r, n), float64.
     """
     tall = max(1, TILE // W.shape[1])
-    spare = torch.empty(min(tall, len(W)), W.shape[1], dtype=torch.float64)
+    spare = torch.empty(min(tall, len(W)), W.shape[1], dtype=torch.float64, device=W.device)
     for new, old, b in zip(out.split(tall), W.split(tall), left.split(tall), strict=True):
         _add(_words(old), spare[: len(old)].addmm_(b, right, beta=0).numpy(), _words(new))
 

@@ -105,7 +105,7 @@ def _with_ties(out: Tensor, W: Tensor, left: Tensor, right: Tensor, tall: int, s
     The second rounding is wrong only where it meets a tie: where the lower half of a float32 number is 0x8000, by
     chance one number in 65,536. Asking which rows those are would make another device wait.
     """
-    least = torch.empty(len(W), dtype=torch.int32)
+    least = torch.empty(len(W), dtype=torch.int32, device=W.device)
     for new, old, b, low in zip(out.split(tall), W.split(tall), left.split(tall), least.split(tall), strict=True):
         x = spare[0, : old.numel()].view(old.shape)
         y, halves = spare[1].view(torch.float32).split(spare.shape[1])

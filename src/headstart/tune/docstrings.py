@@ -57,7 +57,7 @@ def _pairs_of(path: Path, module: str) -> Iterator[Pair]:
         tree = ast.parse(source)
     except (OSError, UnicodeDecodeError, SyntaxError):  # bad_coding.py and its like are broken on purpose
         return
-    lines = source.splitlines()
+    lines = source.split("\n")  # As ast counts them: some modules have form feeds.
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             sentence = first_sentence(ast.get_docstring(node) or "")

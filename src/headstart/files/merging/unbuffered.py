@@ -10,6 +10,7 @@ import ctypes
 import errno
 import mmap
 import os
+import sys
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +21,7 @@ BLOCK = 8 << 20  # Bytes that are written at a time.
 BLOCKS = 3  # One is filled, and two wait for the disk.
 ALIGNED = 4096  # What addresses in memory and in the file are multiples of.
 SYNCED = 64 << 20  # Bytes after which the disk is told to take them, where the cache is in between.
+_PRIVATE = () if sys.platform == "win32" else (mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS,)
 
 
 class Disk:
@@ -38,13 +40,17 @@ class Disk:
         self.thread.shutdown()
 
     def block(self) -> mmap.mmap:
-        """One to fill, as soon as one is free."""
-        if not self.free and self.made < BLOCKS:
-            self.made += 1
-            return mmap.mmap(-1, BLOCK)
-        while not self.free:
+        """One to fill, as soon as one is free.
+
+        Raises:
+            OSError: of a block that could not be written, as soon as that is known.
+        """
+        while self.waiting and (self.waiting[0].done() or (not self.free and self.made == BLOCKS)):
             self.waiting.popleft().result()
-        return self.free.pop()
+        if self.free:
+            return self.free.pop()
+        self.made += 1
+        return mmap.mmap(-1, BLOCK, *_PRIVATE)
 
     def submit(self, write: Callable[[mmap.mmap], None], block: mmap.mmap) -> Future[None]:
         """Have a block written after those before it."""
@@ -69,7 +75,8 @@ class Unbuffered:
     def __init__(self, path: Path, start: int, disk: Disk) -> None:
         assert not start % ALIGNED
         self.disk, self.place = disk, start
-        self.file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
+        self.file: int | None = os.open(path, flags, 0o666)
         self.direct = _past_the_cache(path)
         self.block: mmap.mmap | None = None
         self.used = self.unsynced = 0
@@ -100,7 +107,7 @@ class Unbuffered:
             memory = memory[count:]
 
     def finish(self, front: bytes) -> Future[None]:
-        """The rest, and what stands before `start`. The disk has everything when the result is there."""
+        """The rest, and what stands before `start`, and no more. The disk has everything when the result is there."""
         waiting, used, place = self.waiting, self.used, self.place
 
         def write(block: mmap.mmap) -> None:
@@ -108,14 +115,17 @@ class Unbuffered:
                 one.result()
             whole = used // ALIGNED * ALIGNED
             self._write(whole, place, block)
+            assert self.file is not None
             _put(self.file, memoryview(block[whole:used]), place + whole)
             _put(self.file, memoryview(front), 0)
             os.fsync(self.file)
 
-        return self.disk.submit(write, self.disk.block() if self.block is None else self.block)
+        done = self.disk.submit(write, self.disk.block() if self.block is None else self.block)
+        self.close()
+        return done
 
     def close(self) -> None:
-        """Give the file back, after all that waits."""
+        """Give the file back, after all that waits. A second time is none."""
         self.disk.thread.submit(self._close)
 
     # -------------------------------------------------------------- at the disk
@@ -130,6 +140,7 @@ class Unbuffered:
                         raise
                     os.close(self.direct)
                     self.direct = None
+            assert self.file is not None
             _put(self.file, memory, place)
         self.unsynced += size
         if self.unsynced >= SYNCED:
@@ -137,9 +148,10 @@ class Unbuffered:
             os.fsync(self.file)
 
     def _close(self) -> None:
-        for one in (self.file, self.direct):
+        for one in (self.direct, self.file):
             if one is not None:
                 os.close(one)
+        self.direct = self.file = None
 
 
 def _past_the_cache(path: Path) -> int | None:
