@@ -104,6 +104,19 @@ def test_the_certified_residual_is_the_true_residual() -> None:
     assert found.certificate.residual == pytest.approx(float(max(forth, back)), rel=0.3, abs=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(350, 300), (300, 350)])
+@pytest.mark.parametrize("niter", [0, 2, 8])
+def test_the_certificate_of_a_given_effort_estimates_what_was_reached(shape: tuple[int, int], niter: int) -> None:
+    for decay in (0.05, 0.2, 1.0):
+        W = weight(*shape, decay=decay).float()
+        found = topk_svd(W, 12, generator=generator(), niter=niter)
+        assert "Lanczos" in found.certificate.route
+        U, S, V = found.U.double(), found.S.double(), found.V.double()
+        forth, back = W.double() @ V - U * S, W.double().T @ U - V * S
+        reached = max(float((side.norm(dim=0) / S).max()) for side in (forth, back))
+        assert 0.5 * reached - 1e-6 <= found.certificate.residual <= 12 * reached + 1e-6
+
+
 @pytest.mark.parametrize("niter", [2, 4, 16])
 @pytest.mark.parametrize("k", [4, 16])
 def test_niter_is_at_least_as_accurate_as_that_many_rounds_of_svd_lowrank(niter: int, k: int) -> None:

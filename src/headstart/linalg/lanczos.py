@@ -30,12 +30,14 @@ class Candidate:
     Attributes:
         rows: orthonormal, (k + b, d): the k leading Ritz vectors, and the newest block, which N was not applied to.
         following: the (k+1)-th Ritz value, or nothing.
+        residuals: ‖x·N − θ·x‖ of the k Ritz vectors, which the newest block makes smaller.
         growth: what a squared residual is multiplied by to estimate the error of an eigenvalue.
         steps: products with N so far.
     """
 
     rows: Tensor
     following: Tensor
+    residuals: Tensor
     growth: float
     steps: int
 
@@ -82,10 +84,10 @@ class Basis:
         coupling = self.coupling.to("cpu", torch.float64)
         return theta.flip(0), Y, torch.linalg.vector_norm(coupling @ Y[-len(coupling) :], dim=0)
 
-    def candidate(self, Y: Tensor, following: Tensor, growth: float) -> Candidate:
+    def candidate(self, Y: Tensor, following: Tensor, residuals: Tensor, growth: float) -> Candidate:
         X = Y.t().to(self.Q.device, self.Q.dtype) @ self.Q[: self.size]
         X = torch.addmm(X, X @ X.t(), X, beta=1.5, alpha=-0.5)  # Orthonormal to rounding.
-        return Candidate(torch.cat([X, self.block]), following, growth, self.size // len(self.block))
+        return Candidate(torch.cat([X, self.block]), following, residuals, growth, self.size // len(self.block))
 
 
 class Progress:
@@ -142,7 +144,7 @@ def search(
         if progress.enough():
             if _hides_copies(theta, k, b):
                 return
-            yield basis.candidate(Y, theta[k : k + 1], progress.growth)
+            yield basis.candidate(Y, theta[k : k + 1], residuals, progress.growth)
             check = basis.size + b
         else:
             check = min(limit, progress.next(basis.size))
@@ -153,8 +155,8 @@ def budgeted(product: Callable[[Tensor], Tensor], start: Tensor, k: int, steps: 
     basis = Basis(start, steps * len(start))
     for _ in range(steps):
         basis.absorb(product(basis.block))
-    theta, Y, _ = basis.ritz(k)
-    return basis.candidate(Y, theta[k : k + 1], 4.0)
+    theta, Y, residuals = basis.ritz(k)
+    return basis.candidate(Y, theta[k : k + 1], residuals, 4.0)
 
 
 def _hides_copies(theta: Tensor, k: int, width: int) -> bool:

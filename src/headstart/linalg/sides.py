@@ -97,6 +97,13 @@ class Dense:
                 block.mul_(2.0**half).mul_(2.0 ** (-self.exponent - half))
             yield part, block
 
+    def across(self, X: Tensor) -> Tensor:
+        """What the rows of X are on the other side, (b, long)."""
+        image, columns = X.new_empty(len(X), self.long), X.t().contiguous()
+        for part, block in self.blocks(X.dtype):
+            image[:, part] = X @ block if self.wide else (block @ columns).t()
+        return image
+
     def normal(self, X: Tensor, image: Tensor | None = None) -> Tensor:
         """X·N; fills `image`, (b, long), with what the rows of X are on the other side."""
         Z, columns = None, X.t().contiguous()
@@ -148,18 +155,18 @@ class Implicit:
 
     def screen(self) -> bool:
         probe = torch.randn(1, self.short, generator=torch.Generator().manual_seed(0)).to(self.device, self.dtype)
-        largest = float(self._across(probe).abs().max())
+        largest = float(self.across(probe).abs().max())
         if not math.isfinite(largest):
             raise NonFiniteWeight(f"a {tuple(self.operator.shape)} operator gives NaN or infinite products: repair it")
         self.scale = 2.0 ** math.frexp(largest)[1]
         return largest > 0
 
-    def _across(self, X: Tensor) -> Tensor:
+    def across(self, X: Tensor) -> Tensor:
         columns = X.to(self.dtype).t()
         return (self.operator.rmatmul(columns) if self.wide else self.operator.matmul(columns)).t() / self.scale
 
     def normal(self, X: Tensor, image: Tensor | None = None) -> Tensor:
-        Y = self._across(X)
+        Y = self.across(X)
         if image is not None:
             image.copy_(Y)
         Z = (self.operator.matmul(Y.t()) if self.wide else self.operator.rmatmul(Y.t())).t() / self.scale
@@ -173,7 +180,7 @@ class Implicit:
         return None
 
     def dense(self) -> Tensor:
-        return self._across(torch.eye(self.short, device=self.device)).double()
+        return self.across(torch.eye(self.short, device=self.device)).double()
 
 
 Sides = Dense | Implicit

@@ -23,7 +23,8 @@ class Certificate:
     """What a decomposition reached.
 
     Attributes:
-        residual: the largest ‖Wᵀuᵢ − sᵢvᵢ‖/sᵢ or ‖Wvᵢ − sᵢuᵢ‖/sᵢ over the triplets that are not zero.
+        residual: the largest ‖Wᵀuᵢ − sᵢvᵢ‖/sᵢ or ‖Wvᵢ − sᵢuᵢ‖/sᵢ over the triplets that are not zero; where `niter`
+            says how far to go, an estimate: what it was before the last block of directions.
         error: an estimate of the largest relative error of a singular value.
         energy: the share of ‖W‖² (Frobenius) that the triplets hold; None where W is known by products alone.
         energy_loss: an estimate of what they miss of the k best triplets' energy, as a share of it.
@@ -63,7 +64,15 @@ class Spectrum:
 
 
 def spectrum_in(
-    sides: Sides, X: Tensor, k: int, following: Tensor, growth: float, route: str, passes: int, top: float = 0.0
+    sides: Sides,
+    X: Tensor,
+    k: int,
+    following: Tensor,
+    growth: float,
+    route: str,
+    passes: int,
+    top: float = 0.0,
+    residuals: Tensor | None = None,
 ) -> Spectrum:
     """The k leading triplets in the span of the orthonormal rows X, (p, d) with p ≥ k, and how good they are.
 
@@ -72,9 +81,13 @@ def spectrum_in(
         growth: what a squared residual is multiplied by to estimate the error of an eigenvalue.
         route, passes: for the certificate.
         top: the largest singular value of W where it is not among them: what is zero is measured against it.
+        residuals: ‖uᵢ·N − sᵢ²·uᵢ‖ where an estimate will do and half of the sweep can be saved; else they are measured.
     """
-    image = X.new_empty(len(X), sides.long)
-    NX = sides.normal(X, image)
+    if residuals is None:
+        image = X.new_empty(len(X), sides.long)
+        NX = sides.normal(X, image)
+    else:
+        image = sides.across(X)
     Q, R = torch.linalg.qr(image.t())
     del image
     left, values, right = torch.linalg.svd(R.to("cpu", torch.float64))
@@ -83,9 +96,12 @@ def spectrum_in(
     rank = int((zero < S).sum())
     P, turn = left[:, :k].to(X.device, X.dtype), right[:k].to(X.device, X.dtype)
     short, long = (turn @ X).t(), Q @ P
-    found = S[:rank].to(X.device, X.dtype)
-    error = (turn[:rank] @ NX).t() / found - short[:, :rank] * found
-    relative = torch.linalg.vector_norm(error, dim=0).to("cpu", torch.float64) / S[:rank]
+    if residuals is None:
+        found = S[:rank].to(X.device, X.dtype)
+        error = (turn[:rank] @ NX).t() / found - short[:, :rank] * found
+        relative = torch.linalg.vector_norm(error, dim=0).to("cpu", torch.float64) / S[:rank]
+    else:
+        relative = residuals[:rank] / S[:rank] ** 2
     next_value = max([0.0, *following.tolist(), *(values[k : k + 1] ** 2).tolist()])
     energy, held = sides.energy(), float((S**2).sum())
     certificate = Certificate(

@@ -142,9 +142,10 @@ def _quick(sides: Sides, k: int, generator: torch.Generator, niter: int) -> Spec
     steps = max(math.ceil(k / width), round(size / width) - 1)
     if sides.short <= SMALL or (steps + 1) * width > sides.short // 2:
         return _gram(sides, k, sides.dtype if sides.short > SMALL else torch.float64)
-    candidate = budgeted(_product(sides, steps * width, start.dtype), start, k, steps)
+    found = budgeted(_product(sides, steps * width, start.dtype), start, k, steps)
     route = f"block Lanczos, {str(start.dtype)[6:]}, {steps} x {width}"
-    return spectrum_in(sides, candidate.rows, k, candidate.following, candidate.growth, route, steps)
+    # The way back would only measure what the iteration has an estimate of.
+    return spectrum_in(sides, found.rows, k, found.following, found.growth, route, steps, residuals=found.residuals)
 
 
 def _start(sides: Sides, k: int, generator: torch.Generator) -> Tensor:
