@@ -2,9 +2,9 @@
 
 What a start costs is held against the bare forward passes over the same batches, and its memory against those, or,
 where gradients are asked for, against the training step of a plain LoRA on the same layers; it is what torch holds of
-what it allocates, to the byte. Three batches are run; the
-others are counted at what the median of those took after the first. PEFT's CorDA takes one row at a time and gets the
-same tokens as 1 × 1024; its EVA goes through the data until its directions rest, here after two rows.
+what it allocates, to the byte, over two batches. Three batches are run; the others are counted at what the median of
+those took after the first. PEFT's CorDA takes one row at a time and gets the same tokens as 1 × 1024; its EVA goes
+through the data until its directions rest, here after two rows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import headstart as hs
-from benchmarks.measure import Arm, Call, Cost, Row, Scale, Target, in_child, row
+from benchmarks.measure import Arm, Call, Cost, Row, Scale, Target, in_child, once, row
 from benchmarks.subjects import config, models, peft_config
 
 sys.modules.setdefault("attr", dataclasses)  # type: ignore[arg-type]  # PEFT's CorDA imports it undeclared.
@@ -85,7 +85,7 @@ class _Pass:
         seconds = torch.zeros(len(self.batches) + 1, dtype=torch.float64).share_memory_()
         spent = in_child(lambda: lambda: work(_Watched(self.batches, seconds))).cpu or 0.0
         each = float(seconds.diff()[1:].median())
-        memory = in_child(lambda: lambda: work(self.batches), exact=True)
+        memory = in_child(lambda: lambda: work(self.batches[:2]), exact=True)
         return dataclasses.replace(memory, cpu=spent + (self.count - len(self.batches)) * each)
 
 
@@ -180,8 +180,8 @@ def _peft_eva(base: nn.Module, given: _Pass) -> Cost:
         model = peft.get_peft_model(base, peft_config("eva", RANK, eva_config=eva), low_cpu_mem_usage=True)
         peft.initialize_lora_eva_weights(model, data, show_progress_bar=False)
 
-    spent, memory = in_child(lambda: work).cpu or 0.0, in_child(lambda: work, exact=True)
-    return dataclasses.replace(memory, cpu=spent * given.count * given.shape[0] / len(parts))
+    cost = once(lambda: work)
+    return dataclasses.replace(cost, cpu=(cost.cpu or 0.0) * given.count * given.shape[0] / len(parts))
 
 
 def _peft_corda(base: nn.Module) -> Work:

@@ -1,7 +1,7 @@
 """PiSSA and OLoRA on single weights: time, memory, and how far the result is from the best one there is.
 
 The weights have a spectrum as slow as a language model's, or are SmolLM2's own. The truth is the spectrum of the
-weight as it is stored, in float64.
+weight as it is stored, in float64. Memory is what torch holds of what it allocates, to the byte.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import headstart as hs
-from benchmarks.measure import Arm, Cost, Row, Scale, Target, in_child, measure, row
+from benchmarks.measure import Arm, Cost, Row, Scale, Target, measure, once, row
 from benchmarks.subjects import attach_ours, attach_peft, linears, singular_values, smollm2, weight
 
 SIZES = {
@@ -29,21 +29,16 @@ FAST = "pissa_niter_16"
 
 @dataclass(frozen=True)
 class Work:
-    """Weights to decompose, their leading singular values, and a small weight of the same dtype to warm up with."""
+    """Weights to decompose, and their leading singular values."""
 
     name: str
     weights: Sequence[Tensor]
     truth: Sequence[Tensor]
-    warm: Tensor
 
-    def arms(self, r: int, **inits: tuple[str, str]) -> tuple[dict[str, Arm], dict[str, Arm]]:
-        """Arms by name, given as (library, init), and the same on the small weight."""
+    def arms(self, r: int, **inits: tuple[str, str]) -> dict[str, Arm]:
+        """Arms by name, given as (library, init)."""
         attach = {"headstart": attach_ours, "peft": attach_peft}
-
-        def made(weights: Sequence[Tensor], r: int) -> dict[str, Arm]:
-            return {name: attach[who](lambda: linears(weights), init=init, r=r) for name, (who, init) in inits.items()}
-
-        return made(self.weights, r), made([self.warm], 4)
+        return {name: attach[who](lambda: linears(self.weights), init=init, r=r) for name, (who, init) in inits.items()}
 
 
 def rows(scale: Scale) -> Iterator[Row]:
@@ -59,7 +54,7 @@ def rows(scale: Scale) -> Iterator[Row]:
 def _synthetic(size: tuple[int, int], dtype: torch.dtype, largest: int) -> Work:
     W = weight(*size).to(dtype)
     name = f"{size[0]}×{size[1]} {str(dtype)[6:]}"
-    return Work(name, [W], [singular_values(W, largest)], weight(256, 256).to(dtype))
+    return Work(name, [W], [singular_values(W, largest)])
 
 
 def _real(scale: Scale) -> Work:
@@ -68,16 +63,15 @@ def _real(scale: Scale) -> Work:
     inside = [m for n, m in modules if isinstance(m, nn.Linear) and any(f".{i}." in n for i in layers)]
     weights = [module.weight.detach() for module in inside]
     name = f"the {len(weights)} weights of {len(layers)} layers of SmolLM2-135M, float32"
-    return Work(name, weights, [singular_values(W, max(RANKS[scale])) for W in weights], weight(256, 256))
+    return Work(name, weights, [singular_values(W, max(RANKS[scale])) for W in weights])
 
 
 def _pissa(work: Work, scale: Scale, full: bool) -> Iterator[Row]:
     if full:
-        arms, warm = work.arms(16 if scale != "toy" else 4, peft=("peft", "pissa"))
-        everything = in_child(arms["peft"], warm["peft"])
+        everything = once(work.arms(16 if scale != "toy" else 4, peft=("peft", "pissa"))["peft"])
     for r in RANKS[scale]:
-        arms, warm = work.arms(r, ours=("headstart", "pissa"), fast=("headstart", FAST), peft=("peft", FAST))
-        costs = measure(arms, repeats=3, warm=warm)
+        arms = work.arms(r, ours=("headstart", "pissa"), fast=("headstart", FAST), peft=("peft", FAST))
+        costs = measure(arms, repeats=3, exact=True)
         found = {name: _quality(_result(arm, r), work) for name, arm in arms.items()}
         note = f"energy lost {found['ours'].loss:.1e}, PEFT {found['peft'].loss:.1e}"
         target = Target(
@@ -109,8 +103,8 @@ def _bounded(cost: Cost, work: Work, r: int) -> dict[str, bool]:
 
 def _olora(work: Work, scale: Scale, dtype: torch.dtype) -> Iterator[Row]:
     for r in RANKS[scale][-1:] if scale == "toy" else (16, RANKS[scale][-1]):
-        arms, warm = work.arms(r, ours=("headstart", "olora"), peft=("peft", "olora"))
-        costs = measure(arms, repeats=3, warm=warm)
+        arms = work.arms(r, ours=("headstart", "olora"), peft=("peft", "olora"))
+        costs = measure(arms, repeats=3, exact=True)
         # At r = 128 the factors and their anchors alone are a twentieth of what PEFT needs.
         target = Target(time=1 / 90 if dtype == torch.float32 else 1 / 40, memory=1 / 50 if r == 16 else None)
         lost = {name: _quality(_result(arm, r), work).loss for name, arm in arms.items()}

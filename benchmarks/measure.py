@@ -184,15 +184,20 @@ def resident() -> dict[str, float]:
     }
 
 
-def measure(arms: Mapping[str, Arm], repeats: int, warm: Mapping[str, Arm] | None = None) -> dict[str, Cost]:
+def measure(arms: Mapping[str, Arm], repeats: int, exact: bool = False) -> dict[str, Cost]:
     """CPU and memory of each arm.
 
     Args:
-        warm: a small arm of the same kind for each, for the memory (see `in_child`); by default the arm itself.
+        exact: count what torch allocates, instead of resident pages after a first run (see `in_child`).
     """
     seconds = interleaved(arms, repeats)
-    alone = {name: in_child(arm, (warm or arms)[name]) for name, arm in arms.items()}
+    alone = {name: in_child(arm, None if exact else arm, exact) for name, arm in arms.items()}
     return {name: dataclasses.replace(cost, cpu=seconds[name]) for name, cost in alone.items()}
+
+
+def once(arm: Arm) -> Cost:
+    """CPU of one run, and what torch allocates in another: for what takes long."""
+    return dataclasses.replace(in_child(arm, exact=True), cpu=in_child(arm).cpu)
 
 
 def allocated(call: Call) -> float:

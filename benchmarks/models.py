@@ -1,4 +1,7 @@
-"""PiSSA and OLoRA on a whole model, and loading what they made: SmolLM2-135M, 210 Linears, r = 16."""
+"""PiSSA and OLoRA on a whole model, and loading what they made: SmolLM2-135M, 210 Linears, r = 16.
+
+Memory is what torch holds of what it allocates, to the byte.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import torch
 from torch import nn
 
 import headstart as hs
-from benchmarks.measure import Arm, Call, Cost, Row, Scale, Target, in_child, interleaved, measure, row
+from benchmarks.measure import Arm, Call, Cost, Row, Scale, Target, in_child, interleaved, measure, once, row
 from benchmarks.subjects import attach_ours, attach_peft, config, models, peft_config
 
 Maker = Callable[[], nn.Module]
@@ -32,16 +35,17 @@ def _starts(work: str, make: Maker, scale: Scale, repeats: int) -> Iterator[Row]
         "fast": attach_ours(make, init="pissa_niter_16"),
         "peft": attach_peft(make, init="pissa_niter_16"),
     }
-    costs = measure(arms, repeats)
+    costs = measure(arms, repeats, exact=True)
     ours = costs["ours"]
     spare = {} if ours.peak is None or ours.kept is None else _within_a_layer(make(), ours.peak - ours.kept)
     if scale != "quick":
-        full = in_child(attach_peft(make, init="pissa"))
+        full = once(attach_peft(make, init="pissa"))
         note = "" if ours.kept is None else f"of ours, {ours.kept:.1f} MB are the adapter and its anchors"
         yield row(f"PiSSA beside pissa, {work}", ours, full, Target(time=1 / 20, also=spare), note)
     yield row(f"PiSSA beside pissa_niter_16, {work}", ours, costs["peft"], Target(time=1.1))
     yield row(f"PiSSA as pissa_niter_16, {work}", costs["fast"], costs["peft"], Target(time=0.4))
-    costs = measure({"ours": attach_ours(make, init="olora"), "peft": attach_peft(make, init="olora")}, repeats)
+    arms = {"ours": attach_ours(make, init="olora"), "peft": attach_peft(make, init="olora")}
+    costs = measure(arms, repeats, exact=True)
     yield row(f"OLoRA, {work}", costs["ours"], costs["peft"], Target(time=1))
 
 
