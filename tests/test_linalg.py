@@ -16,7 +16,7 @@ from headstart.errors import BadOption, BadRank, MetaWeight, NonFiniteWeight
 from headstart.linalg import (
     add_lowrank,
     bottomk_svd,
-    kernels,
+    fast,
     lowrank_row_norms,
     named_generator,
     recompress,
@@ -282,11 +282,11 @@ HALVES = [torch.bfloat16, torch.float16]
 @pytest.fixture(params=["torch", "numba"])
 def casts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's own casts, and the compiled ones."""
-    monkeypatch.setattr(kernels, "_loaded", [])
+    monkeypatch.setattr(fast, "_loaded", [])
     if request.param == "numba":
         pytest.importorskip("numba")
-        kernels.prepare(kernels.WORTH)
-        assert kernels.ready() is not None
+        fast.prepare(fast.WORTH)
+        assert fast.ready() is not None
 
 
 def nearest(exact: Tensor, dtype: torch.dtype) -> Tensor:
@@ -401,15 +401,15 @@ def test_a_merge_is_the_same_under_autocast(dtype: torch.dtype) -> None:
 
 
 def test_compiled_casts_are_loaded_where_they_pay_and_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_loaded", [])
-    kernels.prepare(kernels.WORTH - 1)
-    assert kernels.ready() is None
+    monkeypatch.setattr(fast, "_loaded", [])
+    fast.prepare(fast.WORTH - 1)
+    assert fast.ready() is None
     monkeypatch.setitem(sys.modules, "numba", None)
     monkeypatch.delitem(sys.modules, "headstart.linalg.compiled", raising=False)
-    kernels.load.cache_clear()
-    kernels.prepare(kernels.WORTH)
-    assert kernels.ready() is None
-    kernels.load.cache_clear()
+    fast.load.cache_clear()
+    fast.prepare(fast.WORTH)
+    assert fast.ready() is None
+    fast.load.cache_clear()
 
 
 def test_a_merge_that_rounds_twice_is_seen() -> None:

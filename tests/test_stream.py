@@ -38,7 +38,7 @@ from headstart.errors import (
 )
 from headstart.files.merging import ahead, rewrite, shards, unbuffered
 from headstart.files.merging.folding import LowRank, Piece
-from headstart.linalg import kernels
+from headstart.linalg import fast
 from headstart.lora.delta import Branch
 from headstart.lora.layers import lora_layers
 from headstart.testing.cases import Case
@@ -403,13 +403,13 @@ def test_compiled_casts_write_the_same_bytes(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("numba")
-    monkeypatch.setattr(kernels, "_loaded", [])
+    monkeypatch.setattr(fast, "_loaded", [])
     hs.merge_checkpoint(base, adapter, tmp_path / "plain")
-    assert kernels.ready() is None
-    monkeypatch.setattr(kernels, "WORTH", 1)
+    assert fast.ready() is None
+    monkeypatch.setattr(fast, "WORTH", 1)
     monkeypatch.setattr(ahead, "workers", lambda: 3)
     hs.merge_checkpoint(base, adapter, tmp_path / "compiled")
-    assert kernels.ready() is not None
+    assert fast.ready() is not None
     for file in (tmp_path / "plain").iterdir():
         assert (tmp_path / "compiled" / file.name).read_bytes() == file.read_bytes()
 

@@ -5,10 +5,10 @@ lanczos.py    block Lanczos on that side
 spectrum.py   from a subspace to triplets, signs and a certificate
 triplets.py   the leading and the trailing triplets: routes and escalation
 lowrank.py    thin factors: QR, recompression, merging, row norms
-compiled.py   a bfloat16 weight changed in one pass over memory; kernels.py: where numba is installed, and it pays
+compiled.py   a bfloat16 weight changed in one pass over memory; fast.py: where numba is installed, and it pays
 """
 
-from headstart.linalg.kernels import prepare
+from headstart.linalg.fast import prepare
 from headstart.linalg.lowrank import add_lowrank, lowrank_row_norms, recompress, rounded, row_norms_squared, thin_qr
 from headstart.linalg.sides import Operator
 from headstart.linalg.spectrum import Certificate, Spectrum

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headstart.errors import BadRank
-from headstart.linalg import kernels
+from headstart.linalg import fast
 from headstart.linalg.sides import BLOCK
 from headstart.linalg.spectrum import signs
 
@@ -80,7 +80,7 @@ def add_lowrank(
         out = torch.empty(W.shape, dtype=W.dtype, device=W.device)
         left, right = B.double() * scaling, A.double()
         brief = W.dtype == torch.bfloat16 and W.device.type == "cpu" and W.numel()
-        if brief and W.is_contiguous() and (compiled := kernels.ready()) is not None:
+        if brief and W.is_contiguous() and (compiled := fast.ready()) is not None:
             compiled(out, W, left, right)
             return out
         into = _with_ties if brief else _through_odd

@@ -11,11 +11,11 @@ import errno
 import mmap
 import os
 import sys
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 
 BLOCK = 8 << 20  # Bytes that are written at a time.
 BLOCKS = 3  # One is filled, and two wait for the disk.
@@ -25,13 +25,16 @@ _PRIVATE = () if sys.platform == "win32" else (mmap.MAP_PRIVATE | mmap.MAP_ANONY
 
 
 class Disk:
-    """A thread that waits for the disk, so that nobody else has to, and the blocks that it writes from."""
+    """A thread that waits for the disk, so that nobody else has to, and the blocks that it writes from.
+
+    After a write that failed there is no other: who asks for a block is told, and so is every file that is finished.
+    """
 
     def __init__(self) -> None:
         self.thread = ThreadPoolExecutor(1, "headstart-disk")
-        self.free: list[mmap.mmap] = []
+        self.free: SimpleQueue[mmap.mmap] = SimpleQueue()
         self.made = 0
-        self.waiting: deque[Future[None]] = deque()
+        self.failed: BaseException | None = None
 
     def __enter__(self) -> Disk:
         return self
@@ -45,24 +48,31 @@ class Disk:
         Raises:
             OSError: of a block that could not be written, as soon as that is known.
         """
-        while self.waiting and (self.waiting[0].done() or (not self.free and self.made == BLOCKS)):
-            self.waiting.popleft().result()
-        if self.free:
-            return self.free.pop()
-        self.made += 1
-        return mmap.mmap(-1, BLOCK, *_PRIVATE)
+        if self.free.empty() and self.made < BLOCKS:
+            self.made += 1
+            self.free.put(mmap.mmap(-1, BLOCK, *_PRIVATE))
+        block = self.free.get()
+        self._check()
+        return block
 
     def submit(self, write: Callable[[mmap.mmap], None], block: mmap.mmap) -> Future[None]:
         """Have a block written after those before it."""
 
         def act() -> None:
             try:
+                self._check()
                 write(block)
+            except BaseException as error:
+                self.failed = error
+                raise
             finally:
-                self.free.append(block)
+                self.free.put(block)
 
-        self.waiting.append(self.thread.submit(act))
-        return self.waiting[-1]
+        return self.thread.submit(act)
+
+    def _check(self) -> None:
+        if self.failed is not None:
+            raise self.failed
 
 
 class Unbuffered:
@@ -80,7 +90,6 @@ class Unbuffered:
         self.direct = _past_the_cache(path)
         self.block: mmap.mmap | None = None
         self.used = self.unsynced = 0
-        self.waiting: list[Future[None]] = []
 
     def room(self) -> memoryview:
         """Where the next bytes may be put, at least one; `took` says how many were."""
@@ -92,8 +101,7 @@ class Unbuffered:
         """So many bytes of the room are written."""
         self.used += count
         if self.block is not None and self.used == len(self.block):
-            self.waiting = [one for one in self.waiting if not one.done() or one.exception()]
-            self.waiting.append(self.disk.submit(partial(self._write, self.used, self.place), self.block))
+            self.disk.submit(partial(self._write, self.used, self.place), self.block)
             self.place, self.used, self.block = self.place + self.used, 0, None
 
     def write(self, memory: memoryview) -> None:
@@ -108,11 +116,9 @@ class Unbuffered:
 
     def finish(self, front: bytes) -> Future[None]:
         """The rest, and what stands before `start`, and no more. The disk has everything when the result is there."""
-        waiting, used, place = self.waiting, self.used, self.place
+        used, place = self.used, self.place
 
         def write(block: mmap.mmap) -> None:
-            for one in waiting:
-                one.result()
             whole = used // ALIGNED * ALIGNED
             self._write(whole, place, block)
             assert self.file is not None
