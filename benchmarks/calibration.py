@@ -9,6 +9,7 @@ through the data until its directions rest, here after two rows.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
 import time
@@ -28,31 +29,31 @@ RANK = 8
 STARTS = ("eva", "corda", "lora_ga", "lora_one")
 Batch = dict[str, Tensor]
 Batches = list[Batch]
-Work = Callable[[Iterable[Batch]], object]
+Work = Callable[[nn.Module, Iterable[Batch]], object]
 
 
 def rows(scale: Scale) -> Iterator[Row]:
     for name, make in models(scale):
         base = make(torch.float32)
         count, run, tokens = {"full": (32, 3, (4, 256)), "quick": (8, 3, (2, 64)), "toy": (4, 2, (1, 16))}[scale]
-        yield from _starts(base, name, _Pass(_data(base, run, tokens), count))
+        yield from _starts(base, name, _Pass(base, _data(base, run, tokens), count))
 
 
 def _starts(base: nn.Module, name: str, given: _Pass) -> Iterator[Row]:
     size = sum(p.numel() * p.element_size() for p in base.parameters()) / 1e6
     work = f"{name}, {given.count} batches of {given.shape[0]} × {given.shape[1]}"
-    bare = given.cost(lambda data: _forwards(base, data))
+    bare = given.cost(_forwards)
     step = in_child(_step(base, given.batches[0]), exact=True)
-    ours = {init: given.cost(_ours(base, init)) for init in STARTS}
+    ours = {init: given.cost(_ours(init)) for init in STARTS}
 
-    eva = _peft_eva(base, given) if name.startswith("SmolLM2") else Cost()
+    eva = _peft_eva(given) if name.startswith("SmolLM2") else Cost()
     note = "PEFT's, by the token that it read" if eva.cpu else ""
     yield _beside(f"EVA, {work}", ours["eva"], eva, bare, 1.5, note=note)
-    yield _beside(f"CorDA, {work}", ours["corda"], given.cost(_peft_corda(base)), bare, 2.0, 0.5 * size)
-    theirs = given.cost(_peft_lora_ga(base))
+    yield _beside(f"CorDA, {work}", ours["corda"], given.cost(_peft_corda), bare, 2.0, 0.5 * size)
+    theirs = given.cost(_peft_lora_ga)
     for init in ("lora_ga", "lora_one"):
         yield _beside(f"{init} beside LoRA-GA, {work}", ours[init], theirs, None, 0.85, 0.2 * size, step)
-    together = given.cost(_together(base))
+    together = given.cost(_together)
     dearest = max(ours.values(), key=lambda cost: cost.cpu or 0.0)
     yield row(
         f"EVA, CorDA, LoRA-GA and LoRA-One from one pass, beside the dearest, {work}",
@@ -68,9 +69,10 @@ class _Pass:
     """Batches of which some are run, and the others counted at what the median of those took.
 
     Attributes:
-        batches: that are run, more than one. count: that the cost is told for.
+        base: each piece of work gets a copy. batches: that are run, more than one. count: that the cost is told for.
     """
 
+    base: nn.Module
     batches: Batches
     count: int
 
@@ -83,10 +85,19 @@ class _Pass:
         """Of work on all of them. The first is not counted on: it meets cold caches and empty statistics."""
         # Shared, because a child writes it.
         seconds = torch.zeros(len(self.batches) + 1, dtype=torch.float64).share_memory_()
-        spent = in_child(lambda: lambda: work(_Watched(self.batches, seconds))).cpu or 0.0
+        spent = in_child(self.arm(work, _Watched(self.batches, seconds))).cpu or 0.0
         each = float(seconds.diff()[1:].median())
-        memory = in_child(lambda: lambda: work(self.batches[:2]), exact=True)
+        memory = in_child(self.arm(work, self.batches[:2]), exact=True)
         return dataclasses.replace(memory, cpu=spent + (self.count - len(self.batches)) * each)
+
+    def arm(self, work: Work, data: Iterable[Batch]) -> Arm:
+        """Work on some of them."""
+
+        def arm() -> Call:
+            model = copy.deepcopy(self.base)
+            return lambda: work(model, data)
+
+        return arm
 
 
 @dataclass(frozen=True)
@@ -155,63 +166,54 @@ def _step(base: nn.Module, batch: Batch) -> Arm:
     return arm
 
 
-def _ours(base: nn.Module, init: str) -> Work:
-    return lambda data: hs.adapt(base, config(init=init, r=RANK), data=data)
+def _ours(init: str) -> Work:
+    return lambda base, data: hs.adapt(base, config(init=init, r=RANK), data=data)
 
 
-def _together(base: nn.Module) -> Work:
-    def work(data: Iterable[Batch]) -> None:
-        configs = [config(init=init, r=RANK) for init in STARTS]
-        found = hs.calibrate(base, configs, data)
-        for chosen in configs:
-            hs.adapt(base, chosen, calibration=found)
-            hs.remove(base)
-
-    return work
+def _together(base: nn.Module, data: Iterable[Batch]) -> None:
+    configs = [config(init=init, r=RANK) for init in STARTS]
+    found = hs.calibrate(base, configs, data)
+    for chosen in configs:
+        hs.adapt(base, chosen, calibration=found)
+        hs.remove(base)
 
 
-def _peft_eva(base: nn.Module, given: _Pass) -> Cost:
+def _peft_eva(given: _Pass) -> Cost:
     """Two batches of one row each: it goes through the data until its directions rest, at half a minute a batch."""
     parts = [{name: rows[:1] for name, rows in batch.items()} for batch in given.batches[:2]]
 
-    def work() -> None:
-        data = [{**batch, "attention_mask": torch.ones_like(batch["input_ids"])} for batch in parts]
+    def work(base: nn.Module, batches: Iterable[Batch]) -> None:
+        data = [{**batch, "attention_mask": torch.ones_like(batch["input_ids"])} for batch in batches]
         eva = peft.EvaConfig(rho=1.0, tau=1e-9)  # The directions may rest after two batches.
         model = peft.get_peft_model(base, peft_config("eva", RANK, eva_config=eva), low_cpu_mem_usage=True)
         peft.initialize_lora_eva_weights(model, data, show_progress_bar=False)
 
-    cost = once(lambda: work)
+    cost = once(given.arm(work, parts))
     return dataclasses.replace(cost, cpu=(cost.cpu or 0.0) * given.count * given.shape[0] / len(parts))
 
 
-def _peft_corda(base: nn.Module) -> Work:
-    def work(data: Iterable[Batch]) -> None:
-        from peft.tuners.lora.config import CordaConfig
-        from peft.tuners.lora.corda import preprocess_corda
+def _peft_corda(base: nn.Module, data: Iterable[Batch]) -> None:
+    from peft.tuners.lora.config import CordaConfig
+    from peft.tuners.lora.corda import preprocess_corda
 
-        @torch.no_grad()
-        def run() -> None:
-            for batch in data:
-                base(input_ids=batch["input_ids"].view(1, -1), use_cache=False)
+    @torch.no_grad()
+    def run() -> None:
+        for batch in data:
+            base(input_ids=batch["input_ids"].view(1, -1), use_cache=False)
 
-        chosen = peft_config("corda", RANK, corda_config=CordaConfig(corda_method="ipm"))
-        preprocess_corda(base, chosen, run_model=run)
-        peft.get_peft_model(base, chosen)
-
-    return work
+    chosen = peft_config("corda", RANK, corda_config=CordaConfig(corda_method="ipm"))
+    preprocess_corda(base, chosen, run_model=run)
+    peft.get_peft_model(base, chosen)
 
 
-def _peft_lora_ga(base: nn.Module) -> Work:
-    def work(data: Iterable[Batch]) -> None:
-        from peft.tuners.lora.config import LoraGAConfig
-        from peft.tuners.lora.loraga import preprocess_loraga
+def _peft_lora_ga(base: nn.Module, data: Iterable[Batch]) -> None:
+    from peft.tuners.lora.config import LoraGAConfig
+    from peft.tuners.lora.loraga import preprocess_loraga
 
-        def step() -> None:
-            for batch in data:
-                base(**batch, use_cache=False).loss.backward()
+    def step() -> None:
+        for batch in data:
+            base(**batch, use_cache=False).loss.backward()
 
-        chosen = peft_config("lora_ga", RANK, lora_ga_config=LoraGAConfig())
-        preprocess_loraga(base, chosen, step)
-        peft.get_peft_model(base, chosen)
-
-    return work
+    chosen = peft_config("lora_ga", RANK, lora_ga_config=LoraGAConfig())
+    preprocess_loraga(base, chosen, step)
+    peft.get_peft_model(base, chosen)

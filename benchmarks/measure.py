@@ -133,7 +133,7 @@ def in_child(arm: Arm, warm: Arm | None = None, exact: bool = False) -> Cost:
 
             # The team of threads that the parent's OpenMP knows did not come along: whoever waits for it waits forever.
             torch.set_num_threads(1)
-            found = held(arm()) if exact else _cost(arm, warm)
+            found = held(arm) if exact else _cost(arm, warm)
             os.write(writer, json.dumps(dataclasses.astuple(found)).encode())
         except BaseException:
             traceback.print_exc()
@@ -202,24 +202,36 @@ def once(arm: Arm) -> Cost:
 
 def allocated(call: Call) -> float:
     """The most that torch held at once of what it allocated within a call, in MB: exact, unlike the resident set."""
-    return held(call).peak or 0.0
+    return held(lambda: call).peak or 0.0
 
 
-def held(call: Call) -> Cost:
-    """The most that torch held at once of what it allocated within a call, and what of it the result keeps."""
-    from torch.profiler import ProfilerActivity, profile
+def held(arm: Arm) -> Cost:
+    """The most that torch held at once of what an arm's call allocated, and what of it the result keeps.
+
+    What the arm makes ready and the call gives back counts too, with a minus: whoever replaces the weights of a model
+    needs both for one weight alone.
+    """
+    from torch.profiler import ProfilerActivity, profile, record_function
 
     gc.collect()  # What dies within would count as given back, and was never counted as taken.
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call = arm()
+        gc.collect()
+        with record_function("begins"):
+            pass
         result = call()
     results: Any = recorded.profiler.kineto_results
-    events = sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
-    now = peak = 0
+    events = sorted(results.events(), key=lambda event: event.start_ns())
+    began = next(event.start_ns() for event in events if event.name() == "begins")
+    now = peak = before = 0
     for event in events:
-        now += event.nbytes()
-        peak = max(peak, now)
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            if event.start_ns() < began:
+                before = now
+            peak = max(peak, now - before)
     del result
-    return Cost(None, peak / 1e6, now / 1e6)
+    return Cost(None, peak / 1e6, (now - before) / 1e6)
 
 
 def fresh_processes(arms: Mapping[str, list[str]], repeats: int) -> dict[str, float]:

@@ -110,6 +110,24 @@ def test_memory_is_that_of_the_largest_moment() -> None:
     assert cost.kept == pytest.approx(16, abs=2)
 
 
+def test_weights_that_are_replaced_one_by_one_take_the_memory_of_one() -> None:
+    measure = importlib.import_module("benchmarks.measure")
+
+    def arm() -> Any:
+        weights = [torch.ones(250_000) for _ in range(5)]
+
+        def call() -> None:
+            for i, old in enumerate(weights):
+                weights[i] = old + 1
+                del old
+
+        return call
+
+    cost = measure.in_child(arm, exact=True)
+    assert cost.peak == pytest.approx(1, abs=0.01)
+    assert cost.kept == pytest.approx(0, abs=0.01)
+
+
 def test_arms_take_turns() -> None:
     measure = importlib.import_module("benchmarks.measure")
     turns: list[str] = []
