@@ -523,6 +523,26 @@ def test_every_kind_of_file_is_counted(name: str, text: str, rows: int, tmp_path
     assert (found.rows, found.exact) == (rows, True)
 
 
+@pytest.mark.parametrize("shape", ["array", "object", "lines"])
+def test_a_large_json_file_is_counted_by_its_part(shape: str, tmp_path: Path) -> None:
+    rows = [json.dumps({"text": "x" * 1000})] * 9000
+    before, after = {"array": ("[", "]"), "object": ('{"version": "1", "data": [', "]}"), "lines": ("", "")}[shape]
+    (tmp_path / "a.json").write_text(before + ("\n" if shape == "lines" else ", ").join(rows) + after)
+    found = look(str(tmp_path / "a.json"))
+    assert not found.exact
+    assert found.rows == pytest.approx(9000, rel=0.01)
+    assert found.tokens == 250
+
+
+def test_what_other_programs_write_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one two"}\n')
+    (tmp_path / "a.csv").write_text('text\n"' + "z" * 200_000 + '"\n')
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "x" * 5_000_000}) + "\n" + '{"text": "y"}\n')
+    assert look(str(tmp_path / "a.jsonl")).rows == 1
+    assert look(str(tmp_path / "a.csv")).tokens == 50_000
+    assert look(str(tmp_path / "b.jsonl")).tokens == 1_250_000
+
+
 def test_parquet_and_the_hub(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
@@ -549,6 +569,10 @@ def test_a_row_may_hold_what_else_ends_lines(inside: str, tmp_path: Path) -> Non
         ("a.jsonl", "{}\nnonsense\n", "line 2 is no JSON"),
         ("a.jsonl", "", "holds no rows"),
         ("a.json", "{", "cannot read"),
+        ("a.json", "null", "no list of rows"),
+        ("a.jsonl", "[" * 3000 + "]" * 3000, "cannot read"),
+        ("a.jsonl", '{"text": ""}\n{"text": ""}\n', "holds no text"),
+        ("a.jsonl", '{"a": 1}\n', "holds no text"),
         ("a.doc", "x", "cannot tell what"),
         ("a.parquet", "x", "cannot read"),
     ],

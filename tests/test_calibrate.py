@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
 import itertools
@@ -391,6 +392,209 @@ def test_checkpointed_layers_are_seen_once(reentrant: bool) -> None:
         assert close(other[name]["gradient"][0].dense(), one[name]["gradient"][0].dense().double(), 1e-5)
 
 
+def seq2seq(kind: str) -> Any:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    if kind == "t5":
+        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+        return transformers.T5ForConditionalGeneration(
+            transformers.T5Config(vocab_size=64, decoder_start_token_id=0, pad_token_id=0, **sizes)
+        )
+    heads = {f"{side}_{what}": 2 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    widths = {"d_model": 16, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_position_embeddings": 64}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    drops = {"encoder_layerdrop": 0.9, "decoder_layerdrop": 0.9, "activation_dropout": 0.5}
+    return transformers.BartForConditionalGeneration(
+        transformers.BartConfig(vocab_size=64, forced_eos_token_id=2, **heads, **widths, **special, **drops)
+    )
+
+
+def pairs_of_tokens(length: int) -> dict[str, Tensor]:
+    """Six tokens for the encoder, some of them padding, and so many for the decoder, some without a label."""
+    generator = torch.Generator().manual_seed(0)
+    ids, labels = (torch.randint(3, 64, (2, s), generator=generator) for s in (6, length))
+    padding = torch.ones(2, 6, dtype=torch.long)
+    padding[0, 3:], labels[1, 1:] = 0, -100
+    return {"input_ids": ids, "attention_mask": padding, "labels": labels}
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize(("kind", "length"), [("t5", 6), ("t5", 5), ("bart", 6)])
+def test_an_encoders_tokens_and_a_decoders_are_told_apart(kind: str, length: int, checkpointed: bool) -> None:
+    batch, model, plain = pairs_of_tokens(length), seq2seq(kind).train(), seq2seq(kind).eval()
+    rows: dict[str, Tensor] = {}
+    for name, module in plain.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda _, args, __, name=name: rows.update({name: args[0].detach()}))
+    plain(**batch).loss.backward()
+    inits = ["see_inputs"]
+    if checkpointed:  # Which happens in training, where attention and layers drop.
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        inits += ["see_gradient"]
+    drops = [dict(vars(module)) for module in model.modules()]
+    made = [hs.LoraConfig(r=2, init_lora_weights=init) for init in inits]
+    found = hs.calibrate(model, made, [batch], dense=True)
+    assert len(found.layers) == (16 if kind == "t5" else 32)
+    for name, kinds in found.layers.items():
+        across = ("EncDecAttention.k", "EncDecAttention.v", "encoder_attn.k_proj", "encoder_attn.v_proj")
+        is_encoders = "decoder" not in name or name.endswith(across)
+        X = rows[name][batch["attention_mask"].bool() if is_encoders else batch["labels"] != -100].double()
+        assert kinds["inputs"][0].count == len(X), name
+        assert close(kinds["inputs"][0].dense(), X.T @ X / len(X)), name
+        if checkpointed:
+            assert close(kinds["gradient"][0].dense(), plain.get_submodule(name).weight.grad.double()), name
+    assert [module.training for module in model.modules()] == [True] * len(drops)
+    for module, before in zip(model.modules(), drops, strict=True):
+        assert {n: v for n, v in vars(module).items() if "drop" in n} == {
+            n: v for n, v in before.items() if "drop" in n
+        }
+
+
+def test_tokens_may_come_before_rows() -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.q(x.transpose(0, 1))
+
+    x, kept = torch.randn(2, 3, 4), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    found = hs.calibrate(
+        Turned(),
+        hs.LoraConfig(r=2, target_modules=["q"], init_lora_weights="see_inputs"),
+        [{"x": x, "attention_mask": kept}],
+    )
+    X = x[kept.bool()].double()
+    assert close(found.layers["q"]["inputs"][0].dense(), X.T @ X / 3)
+
+
+class Experts(nn.Module):
+    """Nine of them; a token sees one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.router, self.first = nn.Linear(8, 9, bias=False), nn.ModuleList(nn.Linear(8, 8) for _ in range(9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.reshape(-1, 8)
+        chosen, y = self.router(x).argmax(-1), torch.zeros_like(x)
+        for i, expert in enumerate(self.first):
+            mine = torch.where(chosen == i)[0]
+            y = y.index_add(0, mine, expert(x[mine])) if len(mine) else y
+        return y
+
+
+def test_experts_that_the_first_row_does_not_reach_are_seen() -> None:
+    model = Experts()
+    data = [torch.randn(5, 2, 8, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    rows = torch.cat(data).reshape(-1, 8)
+    chosen = model.router(rows).argmax(-1)
+    made = hs.LoraConfig(r=2, target_modules=r"first\.\d", init_lora_weights="see_all")
+    found = hs.calibrate(model, made, data, preserve=data, loss=lambda m, b: (m(b).square().sum(), 1.0), dense=True)
+    assert set(found.layers) == {f"first.{i}" for i in set(chosen.tolist())}
+    model(rows).square().sum().backward()
+    for name, kinds in found.layers.items():
+        X = rows[chosen == int(name[6:])].double()
+        assert kinds["inputs"][0].count == len(X)
+        assert close(kinds["inputs"][0].dense(), X.T @ X / len(X))
+        assert close(kinds["gradient"][0].dense() * len(data), model.get_submodule(name).weight.grad.double())
+
+
+class Lookup(nn.Embedding):
+    """As Gemma has it."""
+
+    def __init__(self) -> None:
+        super().__init__(10, 4, padding_idx=3)
+        self.register_buffer("embed_scale", torch.tensor(7.0))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * self.embed_scale
+
+
+def test_an_embeddings_gradient_is_that_of_its_weight() -> None:
+    model, ids = nn.Sequential(Lookup(), nn.Linear(4, 2)), torch.tensor([[3, 1, 1], [3, 9, 0]])
+    made = hs.LoraConfig(r=2, target_modules=["0"], init_lora_weights="see_gradient")
+    found = hs.calibrate(model, made, [ids], loss=lambda m, b: (m(b).square().sum(), 1.0), dense=True)
+    model(ids).square().sum().backward()
+    embedding: Any = model[0]
+    assert close(found.layers["0"]["gradient"][0].dense(), embedding.weight.grad.T.double())
+
+
+@pytest.mark.parametrize("init", ["lora_one", "gora", "lora_da", "eva"])
+def test_under_autocast_only_the_model_is_in_half_precision(init: str) -> None:
+    data, made = [torch.randn(20, 8)], hs.LoraConfig(r=2, init_lora_weights=init)
+
+    def fits(m: nn.Module, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return m(x).square().mean()
+
+    def started(model: nn.Module) -> list[Tensor]:
+        return [
+            p.detach() for p in hs.adapt(model, made, data=data, loss=fits, exact_inputs=init != "eva").parameters()
+        ]
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    alone = started(copy.deepcopy(model))
+    with torch.autocast("cpu", torch.bfloat16):
+        within = started(model)
+    for one, other in zip(alone, within, strict=True):
+        assert close(other, one.double(), 1e-5)
+
+
+def test_buffers_that_are_replaced_come_back() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q = nn.Linear(4, 4)
+            self.register_buffer("seen", torch.zeros(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen = self.seen + x.sum(0)
+            return self.q(x)
+
+    model = Counting()
+    before = model.seen
+    hs.calibrate(model, hs.LoraConfig(r=2, target_modules=["q"], init_lora_weights="see_inputs"), [torch.ones(3, 4)])
+    assert model.seen is before
+    assert not before.any()
+
+
+Named = collections.namedtuple("Named", "x y")
+
+
+class Stream(torch.utils.data.IterableDataset[Tensor]):
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from torch.ones(6, 4).cumsum(0)
+
+
+def test_batches_may_be_named_tuples_and_loaders_of_streams() -> None:
+    made = hs.LoraConfig(r=2, target_modules=["0"], init_lora_weights="see_gradient")
+    named = [Named(torch.ones(3, 4), torch.ones(3, 2))]
+    model = nn.Sequential(nn.Linear(4, 2))
+    assert hs.calibrate(model, made, named, loss=lambda m, b: (m(b.x) - b.y).square().mean()).batches == 1
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=2)
+    assert hs.calibrate(model, made, loader, loss=lambda m, b: m(b).square().mean()).batches == 3
+
+
+def test_a_loss_may_compare_rows() -> None:
+    def preference(m: nn.Module, x: Tensor) -> Tensor:
+        better, worse = m(x).chunk(2)
+        return -(better - worse).mean().sigmoid().log()
+
+    model, x = nn.Sequential(nn.Linear(4, 2)), torch.randn(6, 4)
+    made = hs.LoraConfig(r=2, target_modules=["0"], init_lora_weights="see_gradient")
+    found = hs.calibrate(model, made, [x], loss=preference, dense=True)
+    preference(model, x).backward()
+    assert close(found.layers["0"]["gradient"][0].dense(), model[0].weight.grad.double())
+
+
+def test_one_batch_has_no_halves() -> None:
+    found = hs.calibrate(Network(), config("see_gradient"), batches(1))
+    assert found.layers["q"]["gradient"][0].overlap(3) is None
+
+
 def test_a_frozen_model_and_half_precision_serve_as_well() -> None:
     model = Network().requires_grad_(False)
     wanted = hs.calibrate(model, config("see_gradient", r=8), batches()).layers["twice"]["gradient"][0].dense()
@@ -425,12 +629,29 @@ def unlabelled() -> list[dict[str, Tensor]]:
     return [{"x": batch["x"]} for batch in batches()]
 
 
+def as_row(ids: Any) -> dict[str, Any]:
+    return {"input_ids": ids, "labels": ids}
+
+
+def as_float(model: nn.Module, batch: Any) -> float:
+    return float(model(**batch)["loss"])
+
+
+def by_rows(model: nn.Module, batch: Any) -> Tensor:
+    return model(batch["x"])["logits"].sum(1)
+
+
 WRONG: dict[str, tuple[type[HeadstartError], str, dict[str, Any]]] = {
     "no batch": (CalibrationError, "no batch", {"data": []}),
     "a batch instead of batches": (CalibrationError, "iterable", {"data": batches()[0]}),
     "no loss": (CalibrationError, "loss", {"data": unlabelled()}),
     "nothing": (MissingStatistic, "data=", {}),
     "no batches": (BadOption, "batches", {"data": batches(), "batches": 0}),
+    "rows of lists": (CalibrationError, r"a dict \(input_ids, labels\) that is no batch", {"data": [as_row([1, 2])]}),
+    "rows of tensors": (CalibrationError, "DataLoader", {"data": [as_row(torch.ones(3, dtype=torch.long))]}),
+    "a loss that is a number": (CalibrationError, "loss= returned a float", {"data": batches(), "loss": as_float}),
+    "a loss of every row": (CalibrationError, r"of shape \(3,\)", {"data": batches(), "loss": by_rows}),
+    "data to preserve for nobody": (BadOption, "leave preserve= out", {"data": batches(), "preserve": batches()}),
     "a loss of nothing": (CalibrationError, "reaches none", {"data": batches(), "loss": lambda m, b: torch.zeros(())}),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -164,6 +165,17 @@ def test_inits_lists_every_start(call: Call) -> None:
     code, out, _ = call("inits")
     words = set(out.split())
     assert all(words >= {name, *row["fact"].split()} for name, row in rows.items())
+
+
+def test_a_terminal_without_the_letters_gets_question_marks(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "argv", ["headstart", "explain", "pissa"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    stream.flush()
+    assert not stopped.value.code
+    assert b"W = U?S?V?" in stream.buffer.getvalue()  # type: ignore[attr-defined]
 
 
 def test_explain_shows_the_mathematics(call: Call) -> None:

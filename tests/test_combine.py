@@ -324,6 +324,16 @@ def test_what_does_not_go_together_is_named(net: nn.Module, pair: list[Path], tm
     hs.combine(pair, tmp_path / "out", force=True)
 
 
+@pytest.mark.parametrize("place", [".", "one", "one/inside"])
+def test_an_output_that_would_replace_an_input_is_refused(place: str, net: nn.Module, tmp_path: Path) -> None:
+    around = adapter(net, tmp_path / "run", 1)  # An adapter with its checkpoints in folders of its own.
+    inputs = [adapter(net, around / name, seed) for seed, name in enumerate(("one", "two"))]
+    before = {file: file.read_bytes() for file in around.rglob("*") if file.is_file()}
+    with pytest.raises(FileError, match="not apart"):
+        hs.combine(inputs, around / place, force=True)
+    assert {file: file.read_bytes() for file in around.rglob("*") if file.is_file()} == before
+
+
 def test_adapters_of_other_shapes_are_refused(pair: list[Path], tmp_path: Path) -> None:
     class Wider(Net):
         def __init__(self) -> None:

@@ -467,6 +467,92 @@ def test_a_killed_comparison_goes_on_and_nothing_is_counted_twice(tmp_path: Path
     assert results(finished.stdout) == [[rate, pytest.approx(losses)] for rate, losses in expected]
 
 
+def test_another_question_is_not_answered_from_a_storage_that_holds_one(tmp_path: Path) -> None:
+    model = network()
+    data = task(model)
+    storage = f"sqlite:///{tmp_path}/study.db"
+    told: list[str] = []
+
+    def ask(model: nn.Module = model, loss: Any = loss, judging: Any = data[12:]) -> hs.Comparison:
+        told.clear()
+        arms = {"a": PLAIN, "b": PISSA}
+        return hs.compare(
+            model, loss, data[:12], judging, arms, steps=4, seeds=1, rates=[1e-2], storage=storage, say=told.append
+        )
+
+    first = ask()
+    assert ask().arms[0].losses == first.arms[0].losses
+    assert any("going on" in line for line in told)
+    with pytest.raises(BadOption, match="another loss, model or data"):
+        ask(loss=lambda model, batch: (model(batch[0]) - batch[1]).abs().mean())
+    other = copy.deepcopy(model)
+    other[4].weight.data *= 3
+    for changes in ({"model": other}, {"judging": [*data[12:], *data[:2]]}, {"judging": [*data[12:23], data[0]]}):
+        found = ask(**changes)
+        assert not any("going on" in line for line in told)
+        assert found.arms[0].losses != first.arms[0].losses
+
+
+def two(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    return loss(model, batch), model(batch[0])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (two, r"a tensor of shape \(\) and a tensor of shape \(16, 6\)"),
+        (lambda model, batch: {"loss": loss(model, batch)}, "a dict"),
+        (lambda model, batch: (model(batch[0]) - batch[1]).square().mean(1), r"of shape \(16,\)"),
+        (lambda model, batch: None, "a NoneType"),
+    ],
+)
+def test_a_loss_that_is_none_is_named(wrong: Any, says: str) -> None:
+    model = network()
+    data = task(model)
+    with pytest.raises(CalibrationError, match=says):
+        hs.compare(model, wrong, data[:12], data[12:], {"a": PLAIN, "b": PISSA}, steps=4, seeds=1, rates=[1e-2])
+
+
+def test_a_base_without_a_finite_loss_is_refused_before_anything_is_trained() -> None:
+    model = network()
+    data = task(model)
+    for wrong in (lambda model, batch: loss(model, batch) * math.nan, lambda model, batch: (loss(model, batch), 0.0)):
+        with pytest.raises(BadOption, match="tuning batches is nan before anything is trained"):
+            hs.compare(model, wrong, data[:12], data[12:], {"a": PLAIN, "b": PISSA}, steps=4, seeds=1, rates=[1e-2])
+
+
+def test_runs_that_were_lost_are_told_and_nothing_is_concluded_of_none(tmp_path: Path) -> None:
+    arms = {"a": PLAIN, "b": hs.LoraConfig(r=16, lora_alpha=16)}
+    compared(arms, steps=20, seeds=4, rates=[1e-2]).save(tmp_path)
+    held = json.loads((tmp_path / "results.json").read_text())
+
+    def without(arm: str, seeds: set[int]) -> hs.Comparison:
+        runs = json.loads(json.dumps(held))
+        for run in runs["runs"]:
+            if run["kind"] == "final" and run["arm"] == arm and run["seed"] in seeds:
+                run |= {"value": None, "diverged": "the loss rose"}
+        (tmp_path / "results.json").write_text(json.dumps(runs))
+        return hs.Comparison.load(tmp_path)
+
+    some = without("b", {2})
+    assert some.verdict.conclusive
+    assert any("b did not finish 1 of 4 runs at 0.01" in line for line in some.verdict.cautions)
+    none = without("a", {1, 2, 3})
+    assert not none.verdict.conclusive
+    assert "no arm finished 3 seeds that a finished, too" in none.verdict.headline
+    assert none.rows[1]["verdict"] == "too few seeds"
+
+
+def test_searches_of_unlike_cost_are_told() -> None:
+    options: dict[str, Any] = {"steps": 4, "seeds": 1}
+    unlike = compared({"a": PLAIN, "b": PISSA}, rates={"a": [1e-2]}, **options)
+    assert any("unlike numbers of steps (a 4, b " in line for line in unlike.verdict.cautions)
+    assert "the same number of steps" not in unlike.to_html()
+    alike = compared({"a": PLAIN, "b": PISSA}, rates=[1e-2], **options)
+    assert not any("unlike" in line for line in alike.verdict.cautions)
+    assert "the same number of steps" in alike.to_html()
+
+
 def test_two_workers_share_the_jobs(tmp_path: Path) -> None:
     model = network()
     data = task(model)

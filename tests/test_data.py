@@ -59,6 +59,10 @@ def _parquet(path: Path) -> None:
     Dataset.from_list([{"question": "a", "answer": "b", "id": 1}] * 3).to_parquet(str(path))
 
 
+def _bytes(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
 FILES: dict[str, tuple[str | Callable[[Path], None], dict[str, str]]] = {
     "pairs.jsonl": ('{"prompt": "a", "completion": "b"}\n' * 3, {"prompt": "a", "completion": "b"}),
     "alpaca.json": ('[{"instruction": "a", "output": "b"}, {"instruction": "c", "output": "d"}]', {"prompt": "a"}),
@@ -68,6 +72,9 @@ FILES: dict[str, tuple[str | Callable[[Path], None], dict[str, str]]] = {
     "gsm.parquet": (_parquet, {"prompt": "a", "completion": "b"}),
     "story.txt": ("one\ntwo\n\nthree\n", {"text": "one\ntwo"}),
     "lines.txt": ("one\ntwo\nthree\n", {"text": "one"}),
+    "windows.txt": (lambda path: _bytes(path, b"one\r\ntwo\r\n\r\nthree\r\n"), {"text": "one\ntwo"}),
+    "dates.jsonl": ('{"prompt": "a", "completion": "2024-01-02"}\n', {"completion": "2024-01-02"}),
+    "dates.json": ('[{"prompt": "a", "completion": "2024-01-02T00:00:00Z"}]', {"completion": "2024-01-02T00:00:00Z"}),
     "text.jsonl": ('{"text": "a", "meta": 3}\n', {"text": "a"}),
 }
 
@@ -94,12 +101,18 @@ WRONG: dict[str, tuple[str, str, dict[str, Any]]] = {
     "absent.csv": ("text\na\n", "no column 'body' in .*: it has 'text'", {"text_column": "body"}),
     "cell.csv": ("prompt,completion\na,b\nc,\n", "row 2 of .*'completion' is empty", {}),
     "ragged.csv": ("prompt,completion\na,b\nc,d,e\n", "Expected 2 fields in line 3, saw 3", {}),
+    "shifted.csv": ("prompt,completion\na,b,c\nd,e,f\n", "more cells than the header has names", {}),
     "numbers.jsonl": ('{"prompt": "a", "completion": 3}\n', "row 1 of .*'completion' is int, not text", {}),
     "gaps.jsonl": ('{"text": "a"}\n{"text": " "}\n', "row 2 of .*'text' is empty", {}),
     "null.jsonl": ('{"text": "a"}\n{"text": null}\n', "row 2 of .*'text' is NoneType", {}),
     "few.jsonl": ('{"text": "a"}\n' * 3, "too few rows to split: 0.05 of 3 is 0", {"eval_fraction": 0.05}),
     "silent.jsonl": ('{"messages": [{"role": "user", "content": "a"}]}\n', "no assistant turn", {}),
     "odd.jsonl": ('{"messages": [{"who": "user", "says": "a"}]}\n', r"a message with \['says', 'who'\]", {}),
+    "mute.jsonl": (
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": null}]}\n',
+        "row 1 of .*a message without content",
+        {},
+    ),
     "plain.jsonl": ('{"text": "a"}\n', "plain text has no turns", {"as_chat": True}),
 }
 
@@ -109,6 +122,14 @@ def test_a_file_that_is_wrong_is_told_with_the_place(name: str, tmp_path: Path, 
     content, message, fields = WRONG[name]
     with pytest.raises(DataError, match=message):
         data.prepare(recipe(write(tmp_path / name, content), **fields), tokenizer)
+
+
+def test_a_wrong_row_is_named_by_its_place_in_the_file_that_holds_it(tmp_path: Path, tokenizer: Any) -> None:
+    right, wrong = jsonl(tmp_path / "a.jsonl", PAIRS), jsonl(tmp_path / "b.jsonl", [*PAIRS, {**PAIRS[0], "prompt": ""}])
+    with pytest.raises(DataError, match=r"row 21 of .*b.jsonl"):
+        data.prepare(recipe(wrong, eval_fraction=0.25), tokenizer)
+    with pytest.raises(DataError, match=r"row 21 of .*b.jsonl"):
+        data.prepare(recipe(right, eval_data=str(wrong), eval_rows=3), tokenizer)
 
 
 def test_a_path_to_nothing_is_told_and_never_asked_of_the_hub(tmp_path: Path) -> None:

@@ -161,6 +161,24 @@ def test_what_is_said_of_peft_is_what_peft_does(name: str, made: Made) -> None:
         assert (_apart(loaded, made.logits[name]) < 1e-5) == (said is Verdict.LOADS)
 
 
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("plain", {"target_modules": ["q_proj", "mlp.down_proj"]}),
+        ("plain", {"exclude_modules": ["down_proj"]}),
+        ("plain", {"use_dora": True}),
+        ("dora", {"use_dora": False}),
+    ],
+)
+def test_a_config_of_other_layers_than_the_files_is_told(
+    name: str, fields: dict[str, Any], made: Made, tmp_path: Path
+) -> None:
+    folder = changed(made.copied(name, tmp_path / "odd"), **fields)
+    assert doctor(made.folder(name))["peft"].verdict is Verdict.LOADS
+    assert doctor(folder)["peft"].verdict is Verdict.DIFFERS
+    assert _apart(_logits(peft.PeftModel.from_pretrained(made.base(), folder)), made.logits[name]) > 1e-5
+
+
 def test_peft_refuses_what_is_said_to_be_refused(made: Made, tmp_path: Path) -> None:
     for fields in ({"init_lora_weights": "lora_one"}, {"init_lora_weights": "corda"}, {"r": 5}):
         folder = changed(made.copied("plain", tmp_path / str(fields.get("r", fields))), **fields)
@@ -372,9 +390,11 @@ def test_every_rule_about_peft_folders_is_met_by_some_folder(made: Made, tmp_pat
     odd: dict[str, dict[str, Any]] = {
         "corda": {"init_lora_weights": "corda"}, "loftq": {"init_lora_weights": "loftq"},
         "unknown": {"init_lora_weights": "lora_one"}, "bias": {"bias": "all"}, "alpha": {"lora_alpha": None},
+        "left out": {"target_modules": ["q_proj"]}, "no magnitudes": {"use_dora": True},
         "alora": {"alora_invocation_tokens": [1]}, "rank": {"r": 5}, "base": {"base_model_name_or_path": None},
     }  # fmt: skip
     folders += [changed(made.copied("plain", tmp_path / name), **fields) for name, fields in odd.items()]
+    folders.append(changed(made.copied("dora", tmp_path / "untold"), use_dora=False))
     layer = "base_model.model.model.layers.0."
     more: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
         "norm": lambda t: {**t, f"{layer}input_layernorm.weight": torch.ones(32)},

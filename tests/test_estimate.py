@@ -353,6 +353,8 @@ def test_a_quantised_form_beside_float_weights_is_counted() -> None:
         ({"tflops": -1}, BadOption, "tflops is -1"),
         ({"tflops": math.inf}, BadOption, "tflops is inf"),
         ({"target_modules": "["}, BadOption, "is no regular expression"),
+        ({"target_modules": None}, BadOption, "target_modules is None"),
+        ({"exclude_modules": [3]}, BadOption, r"exclude_modules is \[3\]"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(fields: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -382,6 +384,75 @@ def test_a_config_that_leaves_out_a_number_is_completed_by_transformers() -> Non
     brief = {name: value for name, value in KNOWN["qwen2"][1].items() if name != "num_attention_heads"}
     assert families.outline({"model_type": "qwen2", **brief}) is None
     assert outline_of({"model_type": "qwen2", **brief, "num_attention_heads": 8}).read == "config"
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "gemma2", "mistral", "llama", "phi3"])
+def test_a_number_of_the_class_is_not_guessed(kind: str) -> None:
+    """Without their number, a Qwen2 has 32 groups of keys, and a Llama as many as heads."""
+    name, fields = KNOWN[kind]
+    brief = {key: value for key, value in fields.items() if key != "num_key_value_heads"}
+    known = families.outline({"model_type": kind, "architectures": [name], **brief})
+    assert (known is not None) == (kind in ("llama", "phi3"))
+
+
+@pytest.mark.parametrize("name", ["LlamaForSequenceClassification", "LlamaModel", "BertLMHeadModel", "GPT2Model"])
+def test_a_checkpoint_of_another_class_is_not_taken_for_the_usual_one(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    kind = {"L": "llama", "B": "bert", "G": "gpt2"}[name[0]]
+    model_class = getattr(transformers, name)
+    config = model_class.config_class(**KNOWN[kind][1], architectures=[name])
+    with torch.device("meta"):
+        model = model_class(config)
+    found = outline_of(json.loads(config.to_json_string()))
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+    wanted = {target.name for target in targets(model, LoraConfig(r=1))}
+    assert {each.name for each in found.chosen("all-linear")} == wanted
+
+
+@pytest.mark.parametrize(
+    ("packed", "bits"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}, "4bit"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": True}, "8bit"),
+        ({"quant_method": "gptq", "bits": 4}, "4bit"),
+        ({"quant_method": "gptq", "bits": 8}, "8bit"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "8bit"),
+        ({"quant_method": "fbgemm_fp8"}, "8bit"),
+        ({"quant_method": "mxfp4"}, "4bit"),
+        ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}}, "8bit"),
+        ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int4WeightOnlyConfig"}}}, "4bit"),
+        ({"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"num_bits": 8}}}}, "8bit"),
+        ({"quant_method": "compressed-tensors", "config_groups": {"group_0": {
+            "weights": {"num_bits": 4}, "input_activations": {"num_bits": 8}}}}, "4bit"),
+    ],
+)  # fmt: skip
+def test_the_width_of_quantised_weights_is_read_in_each_quantiser_s_words(packed: dict[str, Any], bits: str) -> None:
+    found = families.outline({**LLAMA_7B, "quantization_config": packed})
+    assert found is not None
+    assert found.quantised == bits
+    assert families.stored({"quantization_config": packed})["dtype"] == "bfloat16"
+
+
+def test_a_checkpoint_that_is_stored_quantised_has_packed_its_experts() -> None:
+    experts = {**KNOWN["qwen3_moe"][1], "model_type": "qwen3_moe", "dtype": "bfloat16"}
+    whole = families.outline(experts)
+    packed = families.outline({**experts, "quantization_config": {"quant_method": "fp8"}})
+    assert whole is not None
+    assert packed is not None
+    held = sum(m.size for m in whole.matrices if m.linear or m.count > 1)
+    assert predict(whole, Setting(r=4)).memory.weights == 2 * whole.parameters
+    assert predict(packed, Setting(r=4)).memory.weights == 2 * whole.parameters - held
+    loaded = predict(whole, Setting(r=4, quantised="8bit")).memory.weights  # bitsandbytes leaves bare parameters.
+    assert loaded == 2 * whole.parameters - sum(m.size for m in whole.matrices if m.linear)
+
+
+def test_a_model_that_cannot_be_traced_says_nothing_of_it(capfd: pytest.CaptureFixture[str]) -> None:
+    """torch traces grouped products in bfloat16 alone, and prints a traceback where it cannot."""
+    transformers = pytest.importorskip("transformers")
+    name, fields = KNOWN["mixtral"]
+    config = transformers.MixtralConfig(**{**fields, "attention_dropout": 0.1}, architectures=[name])
+    assert outline_of(config, "float32").read == "modules"
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_the_commands_load_no_torch(tmp_path: Path) -> None:

@@ -723,6 +723,12 @@ def test_lora_da_is_the_natural_gradient_in_its_directions(shape: tuple[int, int
     assert_near(product(factors), wanted, 1e-4)
 
 
+def test_tara_refuses_a_moment_that_it_cannot_invert() -> None:
+    given = layer(tokens=8)
+    with pytest.raises(TooLittleData, match="8 tokens leave Σ_y singular: give more data, or raise damping"):
+        start("tara", given, damping=1e-14)
+
+
 def test_lora_da_refuses_a_moment_that_it_cannot_invert() -> None:
     given = layer(tokens=8)
     with pytest.raises(TooLittleData, match="8 tokens leave Z singular: give more data, or raise damping"):

@@ -53,6 +53,30 @@ def test_the_step_taken_is_the_best_of_those_tried(adapted: Any, init: str) -> N
     assert after < bare
 
 
+@pytest.mark.parametrize("init", ["lora_one", "gora"])
+def test_doras_magnitudes_go_with_the_step(init: str) -> None:
+    config = hs.LoraConfig(
+        r=2, target_modules=["0"], init_lora_weights=init, init_options={"gamma": 1.0}, use_dora=True
+    )
+    model = hs.adapt(base(), config, data=X[:2], loss=loss).model
+    untouched = copy.deepcopy(model)
+    found = hs.search_step(model, X[2:], loss=loss)
+    with torch.no_grad():
+        bare = sum(float(loss(base(), x)) for x in X[2:]) / 2
+        after = sum(float(loss(model, x)) for x in X[2:]) / 2
+        moved = untouched(X[2]) - base()(X[2])
+        torch.testing.assert_close(model(X[2]) - base()(X[2]), found.step * moved, rtol=1e-4, atol=1e-5)
+    assert found.losses[0.0] == pytest.approx(bare, rel=1e-5)
+    assert after == pytest.approx(min(found.losses.values()), rel=1e-4)
+
+
+def test_doras_magnitudes_in_a_peft_model_are_refused() -> None:
+    config = hs.LoraConfig(r=2, target_modules=["0"], init_lora_weights="lora_one", use_dora=True)
+    model = get_peft_model(base(), config, data=X[:2], loss=loss)
+    with pytest.raises(AdapterState, match="without use_dora"):
+        hs.search_step(model, X[2:], loss=loss)
+
+
 def test_a_step_that_only_harms_is_made_small() -> None:
     model = in_native("lora_one")
     found = hs.search_step(model, X[2:], loss=lambda m, x: (m(x) - base()(x).detach()).square().mean())

@@ -6,11 +6,13 @@ Each law is stated over every kind of layer that PEFT has; `native` is `headstar
 from __future__ import annotations
 
 import copy
+import json
 import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,16 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 import headstart as hs
-from headstart.errors import AdapterState, BadOption, KeyMismatch, MissingStatistic, NonFiniteWeight, UnsupportedLayer
-from headstart.files.adapter import plain_name, read_adapter
+from headstart.errors import (
+    AdapterFormatError,
+    AdapterState,
+    BadOption,
+    KeyMismatch,
+    MissingStatistic,
+    NonFiniteWeight,
+    UnsupportedLayer,
+)
+from headstart.files.adapter import CONFIG, CORES, TENSORS, plain_name, read_adapter
 from headstart.inits import strategy as registry
 from headstart.peft import from_pretrained, get_peft_model
 from headstart.peft.layers import ShellLayer
@@ -407,6 +417,24 @@ def test_a_merge_that_cannot_be_leaves_nothing_merged() -> None:
         assert fingerprint(model) == before
 
 
+def test_a_second_merge_that_cannot_be_leaves_the_first() -> None:
+    case = case_of("linear", "random")
+    model: Any = get_peft_model(case.model(), case.config)
+    model.add_adapter("second", hs.LoraConfig(r=2, target_modules=["left", "right"], init_lora_weights="random"))
+    layers = [module for module in model.modules() if isinstance(module, ShellLayer)]
+    with torch.no_grad():
+        for factor in layers[-1].stored("second"):
+            factor.fill_(1e25)  # finite, but not their product
+    model.merge_adapter(["default"])
+    before = fingerprint(model)
+    with quiet(), pytest.raises(NonFiniteWeight, match="nothing was merged"):
+        model.merge_adapter(["second"], safe_merge=True)
+    assert fingerprint(model) == before
+    assert [layer.merged_adapters for layer in layers] == [["default"]] * len(layers)
+    model.unmerge_adapter()
+    close(case.outputs(model), case.outputs(get_peft_model(case.model(), case.config)))
+
+
 def test_a_merged_layer_is_not_trained() -> None:
     case = case_of("linear")
     model = get_peft_model(case.model(), case.config).train()
@@ -649,3 +677,305 @@ def test_a_tied_head_is_adapted_without_untying_it(llama: Callable[[], Any]) -> 
     )
     torch.testing.assert_close(model(ids).logits, wanted)
     assert base.lm_head.weight is base.model.embed_tokens.weight
+
+
+# ------------------------------------------------------------------ PEFT's own adapters, beside ours
+
+IDS = torch.arange(24).reshape(2, 12)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Around what PEFT warns of for reasons of its own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def moved(model: Any, only: str = "") -> Any:
+    """The same with every trained value of some name away from its start."""
+    draws = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and only in name:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=draws)
+    return model
+
+
+def logits(model: nn.Module, **keywords: Any) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS, **keywords).logits  # type: ignore[no-any-return]
+
+
+def by_peft(base: nn.Module, folder: Path, **fields: Any) -> Tensor:
+    """What an adapter computes that PEFT started, trained and saved."""
+    with quiet():
+        model = moved(peft.get_peft_model(base, peft.LoraConfig(r=4, **fields)))
+        model.save_pretrained(str(folder))
+    return logits(model)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("init", ["gaussian", "orthogonal", "eva", "mica"])
+@quiet()
+def test_an_adapter_of_pefts_is_loaded_as_it_is(
+    init: str, trainable: bool, llama: Callable[[], Any], tmp_path: Path
+) -> None:
+    """How it was started is past, and asks for no data."""
+    if init == "mica" and Version("0.20") > PEFT:
+        pytest.skip("this PEFT has no such start")
+    fields = {"eva_config": peft.EvaConfig()} if init == "eva" else {}
+    wanted = by_peft(llama(), tmp_path, target_modules=["q_proj"], init_lora_weights=init, **fields)
+    model = get_peft_model(llama(), hs.LoraConfig(r=2, init_lora_weights="milora"))
+    model.load_adapter(str(tmp_path), "theirs", is_trainable=trainable)
+    model.set_adapter("theirs")
+    torch.testing.assert_close(logits(model), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("init", ["olora", "pissa_niter_4"])
+@quiet()
+def test_an_adapter_that_changed_its_base_is_not_loaded_beside_others(
+    init: str, llama: Callable[[], Any], tmp_path: Path
+) -> None:
+    by_peft(llama(), tmp_path, target_modules=["q_proj"], init_lora_weights=init)
+    model = get_peft_model(llama(), hs.LoraConfig(r=2))
+    before = fingerprint(model)
+    for trainable in (False, True):
+        with pytest.raises(AdapterFormatError, match="replaced the base's weights"):
+            model.load_adapter(str(tmp_path), "theirs", is_trainable=trainable)
+    assert fingerprint(model) == before
+    assert list(model.peft_config) == ["default"]
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens", "q_proj"]])
+@quiet()
+def test_a_layer_that_peft_adds_merges_and_unloads_as_ours_do(targets: list[str], llama: Callable[[], Any]) -> None:
+    """PEFT's own writes to the weight that embedding and head share."""
+    base = llama()
+    before = fingerprint(base)
+    model = get_peft_model(base, hs.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa"))
+    model.add_adapter("theirs", peft.LoraConfig(r=4, target_modules=targets))
+    model.set_adapter("theirs")
+    wanted = logits(moved(model))
+    torch.testing.assert_close(logits(copy.deepcopy(model).merge_and_unload()), wanted, rtol=1e-4, atol=1e-6)
+    model.merge_adapter()
+    assert fingerprint(model.unload()) == before
+
+
+def test_a_branch_with_a_bias_is_computed_and_not_merged() -> None:
+    case = case_of("linear")
+    model: Any = get_peft_model(case.model(), case.config)
+    config = peft.LoraConfig(r=4, target_modules=["left", "right"], lora_bias=True, init_lora_weights=False)
+    theirs = peft.get_peft_model(case.model(), config)
+    model.add_adapter("biased", config)
+    model.set_adapter("biased")
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.fill_(0.1)
+                model.get_parameter(name.replace(".default.", ".biased.")).fill_(0.1)
+    close(case.outputs(model), case.outputs(theirs))
+    before = fingerprint(model)
+    with pytest.raises(AdapterState, match="lora_bias"):
+        model.merge_adapter()
+    assert fingerprint(model) == before
+
+
+@pytest.mark.skipif(Version("0.20") > PEFT, reason="this PEFT knows no variant in a layer that is adapted already")
+@quiet()
+def test_a_variant_that_peft_cannot_merge_is_not_merged(llama: Callable[[], Any]) -> None:
+    model = get_peft_model(llama(), hs.LoraConfig(r=2))
+    model.add_adapter("activated", peft.LoraConfig(r=2, target_modules=["q_proj"], alora_invocation_tokens=[5]))
+    model.set_adapter("activated")
+    with pytest.raises(AdapterState, match="ALora"):
+        model.merge_and_unload()
+
+
+def test_what_would_change_the_model_beneath_other_adapters_is_refused(llama: Callable[[], Any]) -> None:
+    model = get_peft_model(llama(), hs.LoraConfig(r=2))
+    with pytest.raises(BadOption, match="layer_replication"):
+        model.add_adapter("longer", peft.LoraConfig(target_modules=["q_proj"], layer_replication=[(0, 2), (1, 2)]))
+    assert list(model.peft_config) == ["default"]
+
+
+@pytest.mark.parametrize("config", ["ours", "pefts", "copy"])
+def test_an_adapter_is_added_with_its_values_whatever_peft_would_leave_on_meta(config: str) -> None:
+    case = case_of("linear")
+    model: Any = train(case, get_peft_model(case.model(), case.config))
+    theirs = peft.LoraConfig(r=2, target_modules=["left"], init_lora_weights="pissa")
+    configs = {"ours": case.config, "pefts": theirs, "copy": model.peft_config["default"]}
+    wanted = case.outputs(model) if config == "copy" else frozen_outputs(case)
+    model.add_adapter("second", configs[config], low_cpu_mem_usage=True)
+    model.set_adapter("second")
+    close(case.outputs(model), wanted)
+
+
+def test_switching_adapters_while_they_are_disabled_trains_the_one_that_is_active() -> None:
+    case = case_of("linear", bias="all")
+    model: Any = get_peft_model(case.model(), case.config)
+    model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["left"]))
+    with model.disable_adapter():
+        model.set_adapter("second")
+        assert same(case.outputs(model), frozen_outputs(case))
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert any(".second." in name for name in trained)
+    assert not any(".default." in name for name in trained)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"init_lora_weights": "eva", "eva_config": peft.EvaConfig(whiten=True)}, "whiten=True"),
+        ({"init_lora_weights": "loftq", "loftq_config": peft.LoftQConfig(loftq_bits=8)}, "loftq_bits=8"),
+    ],
+)
+@quiet()
+def test_what_pefts_config_of_a_start_says_is_not_dropped(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadOption, match=f"{said}.*init_options"):
+        get_peft_model(KINDS["linear"].make(), peft.LoraConfig(target_modules=["left"], **fields))
+    usual = peft.LoraConfig(target_modules=["left"], init_lora_weights="loftq", loftq_config=peft.LoftQConfig())
+    with pytest.raises(hs.HeadstartError, match=r"^(?!.*init_options)"):  # PEFT's defaults are no wish
+        get_peft_model(KINDS["linear"].make(), usual, init="eva")
+
+
+# ------------------------------------------------------------------ what else stands in a folder
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_vocabulary_that_grew_is_saved_and_found_again(tied: bool, llama: Callable[[], Any], tmp_path: Path) -> None:
+    """PEFT saves both embeddings then, one memory under two names where they are tied."""
+    base = llama()
+    base.config.tie_word_embeddings = tied
+    if not tied:
+        base.lm_head.weight = nn.Parameter(base.lm_head.weight.detach().clone())
+    model = moved(get_peft_model(copy.deepcopy(base), hs.LoraConfig(r=2, target_modules=["q_proj"]), init="pissa"))
+    wanted = logits(model)
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert set(read_adapter(tmp_path).extras) == {"model.embed_tokens.weight", "lm_head.weight"}
+    assert torch.equal(logits(from_pretrained(copy.deepcopy(base), tmp_path)), wanted)
+    assert torch.equal(logits(hs.load(copy.deepcopy(base), tmp_path).model), wanted)
+    torch.testing.assert_close(logits(in_plain_peft(copy.deepcopy(base), tmp_path)), wanted)
+    again = get_peft_model(copy.deepcopy(base), hs.LoraConfig(r=2, target_modules=["q_proj"]), init="pissa")
+    again.load_adapter(tmp_path, "default")
+    assert torch.equal(logits(again), wanted)
+    with torch.no_grad():
+        base.model.embed_tokens.weight += 1
+    with pytest.raises(hs.HeadstartError, match="vocabulary"):
+        from_pretrained(base, tmp_path)
+
+
+def test_a_checkpoint_that_would_replace_a_weight_of_the_base_is_refused(tmp_path: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    case = case_of("linear")
+    config = case.but(target_modules=["left"]).config
+    get_peft_model(case.model(), config).save_pretrained(tmp_path)
+    with safe_open(tmp_path / TENSORS, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(tmp_path / TENSORS)
+    tensors["base_model.model.right.weight"] = torch.zeros(8, 12)
+    save_file(tensors, tmp_path / TENSORS, metadata)
+    model = get_peft_model(case.model(), config)
+    before = fingerprint(model)
+    with pytest.raises(KeyMismatch, match="no place for"):
+        model.load_adapter(tmp_path, "default")
+    assert fingerprint(model) == before
+
+
+def test_an_argument_that_would_do_nothing_is_refused(tmp_path: Path) -> None:
+    case = case_of("linear")
+    model = get_peft_model(case.model(), case.config)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(BadOption, match="subfolder"):
+        model.load_adapter(tmp_path, "default", subfolder="elsewhere")
+    model.load_adapter(tmp_path, "default", torch_device="cpu", subfolder=None)
+
+
+@quiet()
+def test_pefts_auto_class_finds_a_model_without_a_task(llama: Callable[[], Any], tmp_path: Path) -> None:
+    llama().model.save_pretrained(tmp_path / "base")
+    from transformers import AutoModel
+
+    base = AutoModel.from_pretrained(tmp_path / "base")
+    model = moved(get_peft_model(base, hs.LoraConfig(r=2, target_modules=["q_proj"]), init="pissa")).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    found = peft.AutoPeftModel.from_pretrained(str(tmp_path / "adapter")).eval()
+    torch.testing.assert_close(found(IDS).last_hidden_state, model(IDS).last_hidden_state)
+
+
+def test_fields_that_say_how_ms_swift_trained_are_read_over(llama: Callable[[], Any], tmp_path: Path) -> None:
+    wanted = by_peft(llama(), tmp_path, target_modules=["q_proj"])
+    config = json.loads((tmp_path / CONFIG).read_text())
+    more = {"lora_dtype": "AUTO", "lorap_lr_ratio": 16.0, "lorap_emb_lr": 1e-6}
+    (tmp_path / CONFIG).write_text(json.dumps({**config, **more}))
+    torch.testing.assert_close(logits(from_pretrained(llama(), tmp_path)), wanted)
+
+
+# ------------------------------------------------------------------ a core between the factors
+
+
+def with_core(base: nn.Module) -> ShellModel:
+    batches = [{"input_ids": IDS + i, "labels": IDS + i} for i in range(2)]
+    return get_peft_model(base, hs.LoraConfig(r=2, target_modules=["q_proj"]), init="lora_sb", data=batches)
+
+
+def trained(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_a_core_is_saved_apart_and_goes_on_training(llama: Callable[[], Any], tmp_path: Path) -> None:
+    """Multiplied into A it would leave two frozen factors, of which nothing trains."""
+    model = moved(with_core(llama()))
+    wanted = logits(model)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(in_plain_peft(llama(), tmp_path)), wanted)
+    again = moved(with_core(llama()))
+    again.load_adapter(tmp_path, "default", is_trainable=True)
+    loaded = from_pretrained(llama(), tmp_path, is_trainable=True)
+    native = hs.load(llama(), tmp_path, trainable=True)
+    for found in (again, loaded, native.model):
+        assert torch.equal(logits(found), wanted)
+        assert trained(found) == trained(model) == 2 * 2 * 2
+    hs.save(native.model, tmp_path / "native")
+    assert (tmp_path / "native" / CORES).read_bytes() == (tmp_path / CORES).read_bytes()
+    assert trained(from_pretrained(llama(), tmp_path)) == 0
+    model.base_model.set_adapter("default", inference_mode=True)
+    assert trained(model) == 0
+
+
+def test_a_folder_without_its_cores_is_loaded_but_not_trained(llama: Callable[[], Any], tmp_path: Path) -> None:
+    model = with_core(llama())
+    model.save_pretrained(tmp_path / "other")
+    wanted = logits(moved(model))
+    model.save_pretrained(tmp_path)
+    mine = (tmp_path / CORES).read_bytes()
+    (tmp_path / CORES).write_bytes((tmp_path / "other" / CORES).read_bytes())
+    with pytest.raises(KeyMismatch, match="another core"):
+        from_pretrained(llama(), tmp_path)
+    (tmp_path / CORES).write_bytes(mine[:-4])
+    with pytest.raises(hs.HeadstartError, match=CORES):
+        from_pretrained(llama(), tmp_path)
+    (tmp_path / CORES).unlink()
+    torch.testing.assert_close(logits(from_pretrained(llama(), tmp_path)), wanted)
+    before = fingerprint(model)
+    for attempt in (
+        lambda: model.load_adapter(tmp_path, "default", is_trainable=True),
+        lambda: from_pretrained(llama(), tmp_path, is_trainable=True),
+        lambda: hs.load(llama(), tmp_path, trainable=True),
+    ):
+        with pytest.raises(KeyMismatch, match=CORES):
+            attempt()
+    assert fingerprint(model) == before
+
+
+def test_a_core_is_never_forgotten_in_a_mixture(llama: Callable[[], Any]) -> None:
+    model = moved(with_core(llama())).eval()
+    model.add_adapter("plain", peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(AdapterState, match="trains a core"):
+        model(input_ids=IDS, adapter_names=["default", "plain"])
+    with pytest.raises(AdapterState, match="trains a core"):
+        model.add_weighted_adapter(["default", "plain"], [1.0, 1.0], "both", combination_type="cat")
+    model.base_model.set_adapter(["default", "plain"])
+    with pytest.raises(AdapterState, match="trains a core"):
+        model(input_ids=IDS)

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from headstart.lora.ranks import (
     importance_of,
     in_proportion,
 )
-from headstart.lora.targets import matches_pattern
+from headstart.lora.targets import matches_pattern, targets
 from headstart.statistics import GradientSpectrum, GradientSum, Moments
 
 
@@ -260,6 +261,49 @@ def test_a_layer_that_is_worth_nothing_is_left_alone() -> None:
     changed, allocation = hs.redistribute(model, config, scores=scores)
     assert allocation.left_out == ["1"]
     assert list(hs.adapt(model, changed).layers()) == ["0"]
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_a_layer_keeps_the_scaling_that_a_pattern_gave_it(use_rslora: bool) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    patterns = {"alpha_pattern": {"1": 32}, "rank_pattern": {"2": 6}, "use_rslora": use_rslora}
+    config = hs.LoraConfig(r=4, lora_alpha=8, target_modules=["0", "1", "2"], **patterns)
+    scores = {"0": [9.0, 8, 7, 6, 5, 4], "1": [3.5, 3, 2, 0], "2": [3.2, 2.9, 0, 0]}
+    before = {target.name: target.scaling for target in targets(model, config)}
+    changed, allocation = hs.redistribute(model, config, scores=scores, budget=16 * 10)
+    assert allocation.ranks == {"0": 6, "1": 2, "2": 2}
+    found = {target.name: target for target in targets(model, changed)}
+    assert {name: target.rank for name, target in found.items()} == allocation.ranks
+    assert {name: target.scaling for name, target in found.items()} == pytest.approx(before)
+
+
+@pytest.mark.parametrize("excluded", [None, ["other"], "oth.*"])
+def test_a_layer_without_a_rank_takes_no_other_of_a_longer_name_with_it(excluded: Any) -> None:
+    model = nn.ModuleDict({"fc": nn.Linear(4, 4), "sub": nn.ModuleDict({"fc": nn.Linear(4, 4)})})
+    model["other"] = nn.Linear(4, 4)
+    config = hs.LoraConfig(r=2, target_modules="all-linear", exclude_modules=excluded)
+    scores = {"fc": [0.0, 0.0], "sub.fc": [3.0, 2.0]} | ({} if excluded else {"other": [0.0]})
+    changed, allocation = hs.redistribute(model, config, scores=scores, budget=16)
+    assert allocation.ranks["sub.fc"] == 2
+    assert [target.name for target in targets(model, changed)] == ["sub.fc"]
+
+
+def test_scores_of_ones_own_reach_to_four_times_the_rank_by_default() -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    config = hs.LoraConfig(r=2, target_modules=["0", "1"])
+    scores = {"0": [float(32 - i) for i in range(32)], "1": [1.0, 0.5]}
+    assert hs.redistribute(model, config, scores=scores, budget=64 * 20)[1].ranks == {"0": 8, "1": 2}
+    assert hs.redistribute(model, config, scores=scores, budget=64 * 20, maximum=20)[1].ranks == {"0": 20, "1": 0}
+
+
+def test_goras_ranks_fit_the_weights() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 64), nn.Linear(64, 3))
+    config = hs.LoraConfig(r=3, init_lora_weights="gora")
+    known = hs.calibrate(model, config, [torch.randn(20, 4)], loss=lambda m, b: m(b).square().mean())
+    changed, allocation = hs.redistribute(model, config, known, rule="gora", minimum=4)
+    assert allocation.ranks == {"0": 4, "1": 3}
+    assert hs.adapt(model, changed, calibration=known).count()[0] == allocation.parameters == 4 * 68 + 3 * 67
 
 
 def test_what_cannot_be_shared_is_named() -> None:

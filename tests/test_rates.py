@@ -130,6 +130,11 @@ def test_a_base_that_is_no_rate_is_refused(base: float) -> None:
         hs.adapt(model(), hs.LoraConfig(r=2)).learning_rate(base)
 
 
+def test_a_start_that_moves_nothing_at_any_rate_has_plain_lora_s() -> None:
+    model = nn.Sequential(nn.Linear(16, 16))
+    assert hs.adapt(model, hs.LoraConfig(r=4, lora_alpha=0)).learning_rate(base=1e-3) == 1e-3
+
+
 def test_without_a_base_plain_lora_s_rate_falls_with_the_width() -> None:
     wide = nn.Sequential(nn.Linear(512, 128, bias=False), nn.Linear(128, 2048, bias=False))
     rate = hs.adapt(wide, hs.LoraConfig(r=16, lora_alpha=16)).learning_rate()

@@ -12,6 +12,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from headstart.choose.page import figures
+from headstart.choose.page.canvas import outline
 from headstart.choose.page.scales import Scale
 from headstart.choose.trials.comparison import Comparison
 from headstart.choose.trials.plan import Plan, Timing
@@ -166,6 +168,11 @@ def test_an_axis_holds_its_values_and_names_a_few(low: float, span: float, logar
     assert len({name for _, name in ticks}) == len(ticks), "two ticks of one name"
 
 
+def test_no_two_arms_of_twelve_look_alike() -> None:
+    looks = [(series % 8, outline(series, 0, 0, 5)) for series in range(12)]
+    assert len(set(looks)) == 12
+
+
 # --- in a browser
 
 
@@ -232,6 +239,31 @@ def test_the_page_fits_and_is_legible(browser: Any, written: Path, width: int, s
     card = page.evaluate("() => getComputedStyle(document.querySelector('figure.plate')).backgroundColor")
     assert all(page.evaluate(LUMINANCE, [shade, card]) >= 2.9 for shade in shades)
     context.close()
+
+
+def test_long_names_stay_on_the_page(browser: Any, tmp_path: Path) -> None:
+    text = comparison(layers=1).to_html().replace("lora_one", "kaiming-" + "x" * 80).replace("pissa", "初期化" * 16)
+    (tmp_path / "report.html").write_text(text, encoding="utf-8")
+    for width in (1280, 390):
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        page.goto((tmp_path / "report.html").as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page.close()
+
+
+@pytest.mark.parametrize("name", ["arm number 10 r=1024", "kaiming, rank 64, twice the batch", "初期化の比較" * 4])
+def test_names_of_arms_stay_inside_their_picture(browser: Any, name: str) -> None:
+    found = {"low": -1.0, "high": 1.0, "mean": 0.0, "told": False, "pairs": [0.1]}
+    drawn = figures.differences({"arms": [{"name": "a"}, {"name": name, "difference": found}]}, 890)
+    page = browser.new_page(viewport={"width": 940, "height": 300})
+    page.set_content(
+        "<style>text { font: 600 13px system-ui, sans-serif } .end { text-anchor: end }</style>"
+        f"<div style='width: 890px'>{drawn}</div>"
+    )
+    lefts = "[...document.querySelectorAll('svg, text')].map(t => t.getBoundingClientRect().left)"
+    svg, *words = page.evaluate(lefts)
+    assert min(words) >= svg
+    page.close()
 
 
 def test_the_page_prints(browser: Any, written: Path) -> None:

@@ -570,6 +570,17 @@ def test_an_output_that_is_an_input_is_refused(inside: str, base: Path, adapter:
         hs.merge_checkpoint(base, adapter, tmp_path / inside, force=True)
 
 
+@pytest.mark.parametrize("name", [".", ".."])
+def test_an_output_without_a_name_is_refused(
+    name: str, base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a/b").mkdir(parents=True)
+    shutil.copy(base / "config.json", tmp_path / "a/b" / name)
+    monkeypatch.chdir(tmp_path / "a/b")
+    with pytest.raises(FileError, match="names no folder to make"):
+        hs.merge_checkpoint(base, adapter, name, force=True)
+
+
 def test_an_existing_output_is_replaced_only_where_that_was_asked_for(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:

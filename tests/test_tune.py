@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from headstart.errors import (
     BadAlpha,
@@ -117,6 +118,10 @@ def measured_by_peft(config: RunConfig, adapter: Path) -> float:
         ({"bias": "lora"}, BadOption, "did you mean 'lora_only'"),
         ({"learning_rate": True}, BadOption, "no numbers"),
         ({"model": None}, BadOption, "model is None"),
+        ({"data": ""}, BadOption, "data is '': .*at least 1 character"),
+        ({"output": ""}, BadOption, "output is '': .*at least 1 character"),
+        ({"eval_data": ""}, BadOption, "eval_data is '': .*at least 1 character"),
+        ({"seed": 2**32}, BadOption, "seed is 4294967296: should be less than 4294967296"),
         ({"init": "pissa", "init_lora_weights": "olora"}, BadOption, "one field"),
     ],
 )
@@ -316,6 +321,45 @@ def test_an_interrupted_run_goes_on_and_ends_as_the_uninterrupted_one(
     )
 
 
+@pytest.mark.parametrize("eval_every", [3, 4])  # The last step is evaluated before its checkpoint, or after.
+def test_a_run_that_died_after_its_last_step_trains_no_further_one(
+    eval_every: int, recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {"lr_scheduler": "constant", "eval_every": eval_every}
+    whole = run(recipe(output=str(tmp_path / "whole"), **fields), SILENT)
+    with monkeypatch.context() as patch:
+        patch.setattr("headstart.tune.train.plot_losses", lambda *_, **__: (_ for _ in ()).throw(FileError("full")))
+        with pytest.raises(FileError, match="full"):
+            run(recipe(**fields), SILENT)
+    watcher = Watcher()
+    again = run(recipe(**fields), SILENT, [watcher])
+    assert watcher.seen == ["begin", "end"]
+    assert (again.steps, again.loss, again.held_out_before, again.held_out_after, again.tokens) == (
+        whole.steps,
+        whole.loss,
+        whole.held_out_before,
+        whole.held_out_after,
+        whole.tokens,
+    )
+    files = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("whole", "run")]
+    left, right = map(load_file, files)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+class Watcher(TrainerCallback):
+    """Writes down when training begins and ends."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.seen.append("begin")
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self.seen.append("end")
+
+
 def test_an_interrupted_run_of_another_config_is_not_mixed_with_this_one(recipe: Any) -> None:
     with pytest.raises(Interrupted):
         run(recipe(), SILENT, [AtStep(2, lambda: os.kill(os.getpid(), signal.SIGINT))])
@@ -409,6 +453,13 @@ def test_a_run_that_cannot_start_writes_nothing(
     with pytest.raises(error, match=message):
         tune(recipe(**fields))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_stood_there_is_left_where_a_run_cannot_start(recipe: Any, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with pytest.raises(NoTarget):
+        tune(recipe(target_modules="q_prj"))
+    assert not list((tmp_path / "run").iterdir())
 
 
 @pytest.mark.parametrize(

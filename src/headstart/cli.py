@@ -7,6 +7,7 @@ one line on stderr and exit code 2; HEADSTART_DEBUG=1 shows where it came from.
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import os
 import sys
@@ -36,6 +37,9 @@ Tflops = Annotated[float | None, typer.Option(help="The device's dense peak; lef
 
 def main() -> None:
     """The entry point: every deliberate error becomes one line and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # A terminal that has no arrow gets a question mark, and no traceback.
+            stream.reconfigure(errors="replace")
     try:
         sys.exit(app(prog_name="headstart", standalone_mode=False) or 0)
     except typer.Abort:  # What older versions of typer make of Ctrl-C; newer ones return 130.

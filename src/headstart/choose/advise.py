@@ -77,7 +77,8 @@ def advise(
     for path in (preserve,) if isinstance(preserve, str | Path) else ():
         look(str(path))
     if seen is not None and seen.longest is not None and "max_length" not in fields:
-        setting = dataclasses.replace(setting, max_length=min(1024, max(64, 2 ** math.ceil(math.log2(seen.longest)))))
+        longest = 2 ** math.ceil(math.log2(max(1, seen.longest)))
+        setting = dataclasses.replace(setting, max_length=min(1024, max(64, longest)))
     setting = setting.settled(outline)
     if "target_modules" not in fields and outline.convolutional:
         setting = dataclasses.replace(

@@ -30,6 +30,7 @@ from headstart.choose.trials.training import Loss, MakeOptimizer, Setting
 from headstart.choose.trials.worker import Watch, Worker
 from headstart.errors import BadOption
 from headstart.lora import batches as reading
+from headstart.lora import quantized
 from headstart.lora.adapt import check_plain
 from headstart.lora.config import LoraConfig
 from headstart.lora.targets import with_heads
@@ -95,6 +96,8 @@ def compare(
         (['a', 'b'], False)
     """
     check_plain(model)
+    if not callable(loss):
+        raise BadOption(f"loss is a {type(loss).__name__}: pass a function of the model and a batch")
     configs = _configs(model, arms, steps, preserve is not None)
     judging, chosen = _split(_listed(validation, "validation"), None if tuning is None else _listed(tuning, "tuning"))
     kept, given = _preserve(preserve, configs)
@@ -102,7 +105,7 @@ def compare(
     ordered = train if callable(train) or isinstance(train, Sequence) else list(train)
     setting = Setting(model, loss, ordered, given, _whole("calibration_batches", calibration_batches, 1), optimizer)
     asked = (steps, seeds, dict(wanted.rates), wanted.budget, (facts or {}).get("optimizer"))
-    name = _name(setting, configs, asked, [Order(ordered, 0)[0], judging[0], chosen[0], *kept[:1]])
+    name = _name(setting, configs, asked, [[Order(ordered, 0)[0]], judging, chosen, kept, given])
     study = Study(storage, name)
     worker = Worker(setting, configs, chosen, judging, kept, study, watch or _silent)
     say = say or (lambda line: None)
@@ -222,20 +225,26 @@ def _announce(plan: Plan, done: int, say: Callable[[str], None]) -> None:
         say(f"too small for a conclusion: {'; '.join(plan.doubts)}. It takes about {words(needed(plan))} or more")
 
 
-def _name(setting: Setting, configs: Mapping[str, LoraConfig], asked: Any, batches: Sequence[Any]) -> str:
-    """A name for the study: the same for the same question about the same model and data, on any machine."""
+def _name(setting: Setting, configs: Mapping[str, LoraConfig], asked: Any, batches: Sequence[Sequence[Any]]) -> str:
+    """A name for the study: the same for the same question about the same model and data, on any machine.
+
+    Of every weight and every batch that is held a few numbers are looked at. The loss is not: `Worker.plan` sees it.
+    """
     digest = hashlib.sha256()
     shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in setting.model.named_parameters()]
     arms = {name: dataclasses.asdict(config) for name, config in configs.items()}
-    digest.update(json.dumps([shapes, arms, asked, setting.calibration_batches], default=str).encode())
-    for tensor in [*list(setting.model.parameters())[:4], *(t for batch in batches for t in reading.tensors(batch))]:
+    counts = [len(setting.train) if isinstance(setting.train, Sequence) else None, *map(len, batches)]
+    digest.update(json.dumps([shapes, arms, asked, setting.calibration_batches, counts], default=str).encode())
+    held = [tensor for kind in batches for batch in kind for tensor in reading.tensors(batch)]
+    weights = [p for p in setting.model.parameters() if not quantized.is_quantized(p)]
+    for tensor in [*weights, *held]:
         digest.update(_few(tensor))
     return f"headstart-{digest.hexdigest()[:16]}"
 
 
 def _few(tensor: Tensor) -> bytes:
-    """A few numbers of a tensor, as bytes."""
-    return str(tensor.detach().flatten()[:64].cpu().tolist()).encode()
+    """A tensor's shape and a few of its numbers, as bytes."""
+    return f"{tuple(tensor.shape)} {tensor.detach().flatten()[:64].cpu().tolist()}".encode()
 
 
 def _about(model: nn.Module) -> dict[str, Any]:

@@ -6,6 +6,7 @@ advice on a 7B model takes a fraction of a second: importing torch and transform
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ class Decoder:
         tied: whether the output embedding is the input's, where the config does not say.
         head_dim: where the config does not say and it is not hidden / heads.
         experts: the MLP is experts in two bare parameters; the keys that their count may stand under.
+        ungrouped: every head has keys of its own where the config does not say; elsewhere the class has its number.
     """
 
     norms: int = 2
@@ -38,18 +40,19 @@ class Decoder:
     tied: bool = False
     head_dim: int | None = None
     experts: tuple[str, ...] = ()
+    ungrouped: bool = False
     width: str = "intermediate_size"
 
 
 DECODERS = {
-    "llama": Decoder(),
+    "llama": Decoder(ungrouped=True),
     "mistral": Decoder(),
     "qwen2": Decoder(qkv_bias=True),
     "qwen3": Decoder(qk_norm=True, head_dim=128),
     "gemma": Decoder(tied=True, head_dim=256),
     "gemma2": Decoder(norms=4, capped=True, tied=True, head_dim=256),
     "gemma3_text": Decoder(norms=4, qk_norm=True, tied=True, head_dim=256),
-    "phi3": Decoder(fused=True),
+    "phi3": Decoder(fused=True, ungrouped=True),
     "mixtral": Decoder(experts=("num_local_experts",)),
     "qwen3_moe": Decoder(qk_norm=True, experts=("num_experts", "num_local_experts"), width="moe_intermediate_size"),
 }
@@ -69,12 +72,12 @@ def _decoder(kind: str, config: Config) -> Outline | None:
     family = DECODERS[kind]
     h, depth, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
     vocabulary, i = config["vocab_size"], config[family.width]
-    groups = config.get("num_key_value_heads") or heads
+    groups = (config.get if family.ungrouped else config.__getitem__)("num_key_value_heads") or heads
     d = config.get("head_dim") or family.head_dim or h // heads
     q, kv = heads * d, groups * d
     if family.experts and (config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1):
         return None
-    if config.get("attention_dropout", 0.0):
+    if config.get("attention_dropout", 0.0) or not _writes(config):
         return None
 
     matrices = [matrix for layer in range(depth) for matrix in _decoder_block(layer, family, config, h, i, q, kv)]
@@ -109,6 +112,12 @@ def _decoder(kind: str, config: Config) -> Outline | None:
         kind, "config", parameters, tuple(matrices), kept, depth, h, depth * q, vocabulary,
         longest=int(config.get("max_position_embeddings") or 0), working=max(working, 4 * q), **stored(config),
     )  # fmt: skip
+
+
+def _writes(config: Config) -> bool:
+    """Whether the checkpoint is a language model, not a classifier or a bare decoder of the same type."""
+    named = str(next(iter(config.get("architectures") or []), ""))
+    return not named or named.endswith(("CausalLM", "LMHeadModel"))
 
 
 def _decoder_block(layer: int, family: Decoder, config: Config, h: int, i: int, q: int, kv: int) -> Iterator[Matrix]:
@@ -153,7 +162,7 @@ def _experts_are_parameters() -> bool:
 def _gpt2(kind: str, config: Config) -> Outline | None:
     h, depth, heads = config["n_embd"], config["n_layer"], config["n_head"]
     i, vocabulary, longest = config.get("n_inner") or 4 * h, config["vocab_size"], config["n_positions"]
-    if config.get("add_cross_attention"):
+    if config.get("add_cross_attention") or not _writes(config):
         return None
     matrices = []
     for layer in range(depth):
@@ -216,7 +225,7 @@ def _encoder(kind: str, config: Config) -> Outline | None:
     if config.get("position_embedding_type", "absolute") != "absolute" or config.get("add_cross_attention"):
         return None
     task = str(next(iter(config.get("architectures") or []), ""))
-    bare = task.endswith("Model") or not task
+    bare = not task or (task.endswith("Model") and not task.endswith("HeadModel"))
     prefix = family.prefix.partition(".")[2] if bare else family.prefix
     attention_drop = config.get("attention_probs_dropout_prob", 0.1)
     matrices = []
@@ -233,7 +242,7 @@ def _encoder(kind: str, config: Config) -> Outline | None:
     parameters = embeddings + depth * (4 * h * h + 2 * h * i + 9 * h + i)
     pooled = h * h + h
     # The pooler is given one state of each row, and with it keeps all of them alive.
-    labels = len(config.get("id2label") or {}) or 2
+    labels = config.get("num_labels") or len(config.get("id2label") or {}) or 2
     if kind == "bert" and (bare or task.endswith("ForSequenceClassification")):
         matrices.append(Matrix("pooler.dense" if bare else "bert.pooler.dense", h, h, "pooler.x", calls=0.0))
         parameters += pooled
@@ -306,12 +315,21 @@ def _t5_block(layers: str, decoder: bool, h: int, i: int, q: int) -> Iterator[Ma
 
 def stored(config: Config) -> dict[str, Any]:
     """The dtype of the checkpoint, and how it is quantised."""
-    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     packed = config.get("quantization_config") or {}
-    quantised = None
-    if packed:
-        quantised = "8bit" if packed.get("load_in_8bit") or packed.get("bits") == 8 else "4bit"
-    return {"dtype": dtype, "quantised": quantised}
+    # What is quantised was never stored in float32: what is left whole there is bfloat16 unless the config says so.
+    usual = "bfloat16" if packed else "float32"
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or usual).removeprefix("torch.")
+    return {"dtype": dtype, "quantised": _bits(packed) if packed else None}
+
+
+def _bits(packed: Config) -> str:
+    """Of the weights, in each quantiser's own words."""
+    groups = packed.get("config_groups") or {}
+    weights = [group.get("weights") or {} for group in groups.values()]
+    counts = {packed.get("bits"), *(each.get("num_bits") for each in weights)}
+    words = " ".join(str(packed.get(name)) for name in ("quant_method", "quant_algo", "quant_type", "weights")).lower()
+    eight = packed.get("load_in_8bit") or 8 in counts or re.search("fp8|float8|int8|eetq", words)
+    return "8bit" if eight else "4bit"
 
 
 BUILDERS: dict[str, Callable[[str, Config], Outline | None]] = {

@@ -58,7 +58,9 @@ def weights_of(outline: Outline, setting: Setting) -> int:
     whole = SIZES[setting.dtype]
     packed = 0
     if setting.quantised is not None:
-        packed = sum(x.size for x in outline.matrices if x.linear)
+        # A checkpoint that was stored so has packed its experts, too; quantising while loading leaves them.
+        stored = outline.quantised is not None
+        packed = sum(x.size for x in outline.matrices if x.linear or (stored and x.count > 1 and not x.convolution))
     return int((outline.parameters - packed) * whole + packed * PACKED.get(setting.quantised or "", 0.0))
 
 

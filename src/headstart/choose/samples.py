@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -79,10 +80,10 @@ def look(data: str, tokenizer: Path | None = None) -> Sample:
     try:
         with path.open("rb") as file:
             head = file.read(BYTES)
+            head += b"" if path.suffix == ".json" else file.readline(16 * BYTES)  # Elsewhere a line ends a row.
         whole = len(head) == path.stat().st_size
-        text = head.decode("utf-8", "replace")
-        rows = list(kinds[path.suffix](text if whole else text.rpartition("\n")[0] or text, path))
-    except (ValueError, csv.Error) as problem:
+        rows = list(kinds[path.suffix](head.decode("utf-8-sig", "replace"), path))
+    except (ValueError, RecursionError, csv.Error) as problem:
         raise DataError(f"cannot read {str(path)!r}: {problem}") from None
     count = len(rows) if whole else round(len(rows) * path.stat().st_size / len(head))
     return _sample(path, rows, count, whole, tokenizer)
@@ -91,6 +92,8 @@ def look(data: str, tokenizer: Path | None = None) -> Sample:
 def _sample(path: Path, texts: list[str], count: int, exact: bool, tokenizer: Path | None) -> Sample:
     if not texts:
         raise DataError(f"{str(path)!r} holds no rows: give it at least one")
+    if not any(map(str.strip, texts)):
+        raise DataError(f"{str(path)!r} holds no text in its first {len(texts):,} rows: name a file with some")
     step = max(1, len(texts) // ROWS)
     lengths, counted = _lengths(texts[::step][:ROWS], tokenizer)
     lengths.sort()
@@ -135,9 +138,33 @@ def _lines(text: str, path: Path) -> Iterator[str]:
 
 
 def _array(text: str, path: Path) -> Iterator[str]:
-    found = json.loads(path.read_text(encoding="utf-8") if path.stat().st_size <= 16 * BYTES else text)
+    """A list of rows, at the top or in an object; or lines, whatever the file is called. The last row may be cut."""
+    if text.lstrip()[:1] not in ("[", "{"):
+        raise ValueError("it is no list of rows")
+    cut = len(text) >= BYTES // 4  # A letter has four bytes at most.
+    try:
+        found = json.loads(text)
+    except ValueError:
+        if re.match(r"\s*\{.*\}\s*\n\s*\{", text):
+            yield from _lines(text.rpartition("\n")[0] if cut else text, path)
+            return
+        if not cut:
+            raise
+        found = list(_whole_rows(text))
     for row in found if isinstance(found, list) else next((v for v in found.values() if isinstance(v, list)), []):
         yield " ".join(_words(row))
+
+
+def _whole_rows(text: str) -> Iterator[Any]:
+    """Those of a list that is cut somewhere."""
+    place, decoder = text.find("[") + 1, json.JSONDecoder()
+    while True:
+        place += len(text[place : place + 1000]) - len(text[place : place + 1000].lstrip(" \t\r\n,"))
+        try:
+            row, place = decoder.raw_decode(text, place)
+        except ValueError:
+            return
+        yield row
 
 
 def _text(text: str, path: Path) -> Iterator[str]:
@@ -146,8 +173,12 @@ def _text(text: str, path: Path) -> Iterator[str]:
 
 def _table(text: str, path: Path) -> Iterator[str]:
     rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",")
-    next(rows, None)
-    yield from (" ".join(row) for row in rows if row)
+    longest = csv.field_size_limit(len(text) + 1)  # A cell may hold a whole document.
+    try:
+        next(rows, None)
+        yield from (" ".join(row) for row in rows if row)
+    finally:
+        csv.field_size_limit(longest)
 
 
 def _parquet(path: Path) -> tuple[list[str], int]:

@@ -79,6 +79,10 @@ class Setting:
                     re.compile(value)
                 except re.error as error:
                     raise BadOption(f"{name} {value!r} is no regular expression: {error}") from None
+            elif value is None and name == "exclude_modules":
+                continue
+            elif not isinstance(value, Sequence) or not all(isinstance(entry, str) for entry in value):
+                raise BadOption(f"{name} is {value!r}: pass 'all-linear', names in a list, or an expression")
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Setting:

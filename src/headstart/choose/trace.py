@@ -7,6 +7,7 @@ comes out of every matrix is counted instead.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -170,6 +171,8 @@ class _Seen:
 
     def kept(self) -> tuple[Kept | None, tuple[Matrix, ...] | None]:
         """None where the model cannot be run so."""
+        said = logging.getLogger("torch._subclasses.fake_tensor")  # What fails here has another answer.
+        silent, said.disabled = said.disabled, True
         try:
             with FakeTensorMode(allow_non_fake_inputs=True):
                 self.model.to_empty(device="cpu").train()
@@ -177,6 +180,8 @@ class _Seen:
                 short, long = (self._bytes(length) for length in LENGTHS)
         except Exception:  # Whatever a foreign forward raises on tensors without values.
             return None, None
+        finally:
+            said.disabled = silent
         t, u = LENGTHS
         pairs = max(0.0, (long / u - short / t) / (u - t))
         token = short / t - pairs * t

@@ -15,6 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from headstart.files.tensors import write_tensors
 
 CONFIG, TENSORS, REPORT = "adapter_config.json", "adapter_model.safetensors", "init_report.json"
 TAKEN = "quantized_base.safetensors"  # see quantized_base.py
+CORES = "trained_core.safetensors"  # see cores.py
 PREFIX = "base_model.model."
 METADATA = "headstart"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -133,7 +135,7 @@ def write_adapter(
     extras: Mapping[str, Tensor],
     provenance: Mapping[str, Any],
     more: Mapping[str, str] | None = None,
-    taken: Mapping[str, Tensor] | None = None,
+    beside: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Write an adapter folder, whole or not at all.
 
@@ -142,19 +144,20 @@ def write_adapter(
         entries: its layers; config: PEFT's fields; extras: other tensors by name, without the prefix.
         provenance: plain values about its origin, for the metadata.
         more: other text files to write with it, by name.
-        taken: the tensors of `quantized_base.safetensors`, where there are any.
+        beside: the tensors of further safetensors files, by their names; one without tensors is not written.
     """
     tensors = {key: value for entry in entries for key, value in entry.tensors().items()}
     tensors |= {f"{PREFIX}{name}": value for name, value in extras.items()}
-    tensors = {name: separate(value) for name, value in tensors.items()}
+    tensors = _untied({name: separate(value) for name, value in tensors.items()})
     text = json.dumps(dict(config), indent=2, sort_keys=True) + "\n"
     # The config stands in the metadata too: should a process die between the two renames, nothing is lost.
     metadata = {"format": "pt", METADATA: json.dumps({**provenance, "adapter_config": json.loads(text)})}
     size = sum(t.numel() * t.element_size() for t in tensors.values()) + len(text) + len(metadata[METADATA])
     writers: dict[str, atomic.Writer] = {n: atomic.text_writer(t) for n, t in (more or {}).items()}
-    if taken:
-        apart = {name: separate(value) for name, value in taken.items()}
-        writers[TAKEN] = lambda path: write_tensors(path, apart, {"format": "pt"})
+    for place, values in (beside or {}).items():
+        if values:
+            apart = {name: separate(value) for name, value in values.items()}
+            writers[place] = partial(write_tensors, tensors=apart, metadata={"format": "pt"})
     writers[TENSORS] = lambda path: write_tensors(path, tensors, metadata)
     writers[CONFIG] = atomic.text_writer(text)
     atomic.write_files(folder, writers, size=size)
@@ -165,6 +168,12 @@ def separate(tensor: Tensor) -> Tensor:
     tensor = tensor.detach().to("cpu")
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if tensor.is_contiguous() and whole else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _untied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same, tied weights copied: the format lets no two names share memory."""
+    found: dict[int, Tensor] = {}
+    return {n: t.clone() if found.setdefault(t.data_ptr(), t) is not t else t for n, t in tensors.items()}
 
 
 def find_adapter(path: str | Path) -> Path:
@@ -188,7 +197,7 @@ def find_adapter(path: str | Path) -> Path:
     except ImportError as error:
         raise AdapterFormatError(f"{path} is no folder; to load it from the hub, install huggingface_hub") from error
     try:
-        return Path(snapshot_download(str(path), allow_patterns=[CONFIG, TENSORS, REPORT, TAKEN]))
+        return Path(snapshot_download(str(path), allow_patterns=[CONFIG, TENSORS, REPORT, TAKEN, CORES]))
     except Exception as error:
         raise AdapterFormatError(f"{path} is no local folder, and the hub gave none: {error}") from error
 

@@ -82,6 +82,7 @@ _ORIGIN: dict[str, tuple[_Check, str]] = {
     "parts": (_table(_list(_range)), "a table of row ranges"),
     "base": (_table(_list(lambda value: isinstance(value, int | float))), "a table of lists of numbers"),
     "quantized": (_list(_recipe), "a list of recipes"),
+    "cores": (_list(_text), "a list of names"),
     "adapter_config": (_table(lambda value: True), "a table"),
 }
 # Fields that change what the tensors mean, and that we do not serve: silence would be a wrong function.
@@ -112,7 +113,10 @@ _SILENT = (
     "layers_pattern",
     "layers_to_transform",
     "loftq_config",
+    "lora_dtype",  # these three of ms-swift's: what the factors trained in, and rates
     "lora_ga_config",
+    "lorap_emb_lr",
+    "lorap_lr_ratio",
     "megatron_core",
     "peft_type",
     "peft_version",
@@ -142,17 +146,22 @@ def check_config(config: Mapping[str, Any], path: Path, ours: bool) -> None:
     for name in UNSERVED:
         if config.get(name):
             raise AdapterFormatError(f"{path}: {name}={config[name]!r} is not served: load it with PEFT")
-    init = config.get("init_lora_weights", True)
-    if is_mutating(config, ours):
-        raise AdapterFormatError(
-            f"{path}: a start with {init!r} replaced the base's weights, and these factors mean nothing on the "
-            "original base. Convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
-        )
+    check_start(config, path, ours)
     for table in ("rank_pattern", "alpha_pattern"):
         for key in config.get(table) or {}:
             _check_pattern(key, path)
     for name in config:
         _check_unknown(name, config[name], path)
+
+
+def check_start(config: Mapping[str, Any], path: Path, ours: bool) -> None:
+    """Refuse factors that stand on weights which their start replaced."""
+    if is_mutating(config, ours):
+        raise AdapterFormatError(
+            f"{path}: a start with {config['init_lora_weights']!r} replaced the base's weights, and these factors mean "
+            "nothing on the original base. Convert it with PEFT's "
+            "save_pretrained(path_initial_model_for_weight_conversion=...)"
+        )
 
 
 def is_mutating(config: Mapping[str, Any], ours: bool) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from headstart.errors import FileError
@@ -22,6 +22,8 @@ def check_free(path: Path, force: bool) -> None:
     Raises:
         FileError: saying what stands there.
     """
+    if path.name in ("", ".."):
+        raise FileError(f"{str(path)!r} names no folder to make: choose another --out")
     if not path.exists() and not path.is_symlink():
         return
     if not force:
@@ -29,6 +31,15 @@ def check_free(path: Path, force: bool) -> None:
     model = path.is_dir() and (any((path / name).is_file() for name in _OURS) or any(path.glob("*.safetensors")))
     if path.is_symlink() or not (model or (path.is_dir() and not any(path.iterdir()))):
         raise FileError(f"{str(path)!r} is no folder of a model or an adapter, and is not replaced: choose another")
+
+
+def check_apart(out: Path, sources: Iterable[Path]) -> None:
+    """Refuse an output that is one of the inputs, or around one, or inside one: replacing it would delete them."""
+    here = out.resolve()
+    for source in sources:
+        there = source.expanduser().resolve()
+        if here == there or here in there.parents or there in here.parents:
+            raise FileError(f"{str(out)!r} and the input {str(source)!r} are not apart: choose another --out")
 
 
 def write_folder(path: Path, fill: Callable[[Path], None], *, size: int = 0, force: bool = False) -> None:

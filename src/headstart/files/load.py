@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from headstart.errors import AdapterFormatError, KeyMismatch, NoTarget, nearest
-from headstart.files import quantized_base
+from headstart.files import cores, quantized_base
 from headstart.files.adapter import AdapterFile, Entry, few, plain_name, read_adapter, scale_of
 from headstart.files.bases import check_bases, check_copy
-from headstart.files.peft_rules import ending_in, outputs_scaled
+from headstart.files.peft_rules import embeddings, ending_in, outputs_scaled
 from headstart.lora import adapt, matrix, quantized
 from headstart.lora.adapt import Adapter
 from headstart.lora.config import LoraConfig
@@ -39,7 +39,10 @@ def load(model: nn.Module, path: str | Path, *, trainable: bool = False, strict:
         AdapterFormatError, KeyMismatch, WrongBase, NoTarget: before the model is changed.
     """
     adapt.check_plain(model)
-    plan = plan_load(model, read_adapter(path), strict)
+    file = read_adapter(path)
+    if trainable:
+        cores.check_trains(file)
+    plan = plan_load(model, file, strict)
     adapter = adapt.install(model, plan.config, plan.starts, plan.report)
     _fill(adapter, plan.extras)
     if not trainable:
@@ -172,7 +175,9 @@ def start_of_entry(entry: Entry, target: Target, file: AdapterFile, dropout: flo
         A, B = target.layout.pack([trained for trained, _ in halves])
         anchor = target.layout.pack([anchors for _, anchors in halves])
     device = torch.device("cpu") if weight.is_meta else weight.device
-    magnitude = entry.magnitude
+    magnitude, core = entry.magnitude, None
+    if (apart := cores.core_of(entry.path, file, target.layout, A, B)) is not None:
+        A, core = apart
     return Start(
         A=_factor(A, device),
         B=_factor(B, device),
@@ -181,6 +186,7 @@ def start_of_entry(entry: Entry, target: Target, file: AdapterFile, dropout: flo
         scaling=target.scaling,
         anchor=None if anchor is None else (_factor(anchor[0], device), _factor(anchor[1], device)),
         frozen=frozenset(file.provenance.get("frozen", {}).get(entry.path, "")),
+        core=None if core is None else _factor(core, device),
         dropout=dropout,
         base=quantized_base.base_of(entry.path, target, file),
         magnitude=None if magnitude is None else _factor(magnitude.flatten(), device),
@@ -228,16 +234,19 @@ def _checked_extras(
     """The tensors beside the factors that the config accounts for, by the names of the plain model."""
     # Tied weights under all their names: files hold either.
     state: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    ends = embeddings(model)
+    tied = {id(state[name]): name for name in biases}
     kept: dict[str, Tensor] = {}
     foreign = []
     for key, value in file.extras.items():
         name = plain_name(key)
         here = state.get(name)
+        name = tied.get(id(here), name)
         saved = any(
             f".{name}".rpartition(".")[0].endswith(f".{m}") or f".{m}." in f".{name}"
             for m in config.modules_to_save or ()
         )
-        copied = key.endswith(".base_layer.weight")
+        copied = key.endswith(".base_layer.weight") or any(here is weight for weight in ends)
         if here is None or not (saved or name in biases or copied):
             foreign.append(key)
         elif here.shape != value.shape:

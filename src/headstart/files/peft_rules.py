@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+from torch import Tensor, nn
+
 from headstart.files.adapter import Entry
 
 OUTPUT = ".base_layer.out_proj"  # of an attention
@@ -23,6 +25,17 @@ def outputs_scaled(entries: Mapping[str, Entry], attentions: Iterable[str], fact
             rank, alpha = found[path].rank, found[path].alpha
             found[inner] = replace(found[inner], B=factor * found[inner].B, rank=rank, alpha=alpha)
     return list(found.values())
+
+
+def embeddings(model: nn.Module) -> list[Tensor]:
+    """The weights at a language model's two ends, which PEFT saves in full where the vocabulary has grown."""
+    found = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            found.append(getattr(model, name)().weight)
+        except (AttributeError, NotImplementedError):  # a model without
+            continue
+    return found
 
 
 def ending_in(ends: Iterable[str], names: Iterable[str]) -> list[str]:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headstart.files import quantized_base
-from headstart.files.adapter import REPORT, Entry, few, no_file_at, plain_name, scales, write_adapter
+from headstart.files import cores, quantized_base
+from headstart.files.adapter import CORES, REPORT, TAKEN, Entry, few, no_file_at, plain_name, scales, write_adapter
 from headstart.files.fields import VERSION
 from headstart.files.peft_rules import OUTPUT, ending_in, outputs_scaled
 from headstart.files.quantized_base import sample
@@ -61,27 +61,30 @@ def save(model: nn.Module, path: str | Path, *, rank: int | None = None) -> dict
     entries = outputs_scaled({name: entry for name, (entry, _) in found.items()}, _attentions(layers), 0.5)
     config = {**_fields(adapter, layers), **scales(entries, _pattern_names(layers))}
     origin = _provenance(adapter.report, layers, truncated=rank is not None)
-    if misread := [name for name, layer in layers.items() if _is_misread(frozen_module(layer))]:
+    if misread := [n for n, layer in layers.items() if _is_misread(frozen_module(layer), config["use_dora"])]:
         warnings.warn(
-            f"PEFT ignores dilation and padding_mode: it will compute something else for {few(misread)}. "
-            "Load this adapter with headstart, or merge it",
+            "PEFT ignores dilation and padding_mode, groups under DoRA, and a forward of the layer's own: it will "
+            f"compute something else for {few(misread)}. Load this adapter with headstart, or merge it",
             stacklevel=2,
         )
     if said := quantized_base.warning(_bases(layers)):
         warnings.warn(said, stacklevel=2)
     extras = _extras(adapter)
+    trained = {} if rank is not None else _cores(layers)
     sharded = any(matrix.is_sharded(factor) for layer in layers.values() for factor in layer.factors)
     if not sharded or torch.distributed.get_rank() == 0:
-        taken = quantized_base.taken_from(_bases(layers))
-        write_adapter(Path(path), entries, config, extras, origin, {REPORT: adapter.report.to_json()}, taken)
+        beside = {TAKEN: quantized_base.taken_from(_bases(layers)), CORES: cores.tensors_of(trained)}
+        write_adapter(Path(path), entries, config, extras, origin, {REPORT: adapter.report.to_json()}, beside)
     return dropped if rank is not None else {}
 
 
-def _is_misread(module: nn.Module) -> bool:
-    """Whether PEFT's own layer would convolve otherwise than the frozen one does."""
+def _is_misread(module: nn.Module, dora: bool) -> bool:
+    """Whether PEFT's own layer would look up or convolve otherwise than the frozen one does."""
+    if matrix.runs_its_own_way(module):
+        return True
     if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return False
-    return module.padding_mode != "zeros" or any(step != 1 for step in module.dilation)
+    return (dora and module.groups > 1) or module.padding_mode != "zeros" or any(step != 1 for step in module.dilation)
 
 
 def _entry(name: str, layer: LoraLayer, rank: int | None) -> tuple[Entry, float]:
@@ -171,7 +174,8 @@ def _extras(adapter: Adapter) -> dict[str, Tensor]:
             found |= {f"{name}.{key}": matrix.whole(value) for key, value in module.trained.state_dict().items()}
     for name, parameter in adapter.model.named_parameters():
         if adapt.base_name(name) in adapter.biases:
-            found[name.replace(".original_module.", ".")] = matrix.whole(parameter.detach())
+            bias = adapter.aside.get(adapt.base_name(name), parameter.detach())
+            found[name.replace(".original_module.", ".")] = matrix.whole(bias)
     return found
 
 
@@ -183,7 +187,14 @@ def _provenance(report: InitReport, layers: Mapping[str, LoraLayer], truncated: 
         weights={n: layer.original_values for n, layer in layers.items()},
         bases=_bases(layers),
         parts={n: spans for n, layer in layers.items() if (spans := _ranges(layer))},
+        cores=[] if truncated else [name for name, layer in layers.items() if layer.core is not None],
     )
+
+
+def _cores(layers: Mapping[str, LoraLayer]) -> dict[str, matrix.Pair]:
+    """A and the core of the layers that train one."""
+    found = ((name, layer.factors[0], layer.core) for name, layer in layers.items())
+    return {n: (matrix.whole(A.detach()), matrix.whole(core.detach())) for n, A, core in found if core is not None}
 
 
 def provenance(
@@ -193,13 +204,14 @@ def provenance(
     weights: Mapping[str, Callable[[], Tensor]],
     bases: quantized_base.Bases,
     parts: Mapping[str, Any] | None = None,
+    cores: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What the metadata says about an adapter's origin, by the layers' paths.
 
     Args:
         anchored: the rank of the layers whose first r rows and columns are the trained factors, the others anchors.
         frozen: the factors that do not train. weights: what reads the base's. bases: those that are quantised.
-        parts: the row ranges of fused projections.
+        parts: the row ranges of fused projections. cores: the layers that train a core.
     """
     quantised = quantized_base.described(bases)
     return {
@@ -212,6 +224,7 @@ def provenance(
         "parts": dict(parts or {}),
         "base": {name: sample(read()) for name, read in weights.items()},
         **({"quantized": quantised} if quantised else {}),
+        **({"cores": list(cores)} if cores else {}),
     }
 
 

@@ -17,10 +17,12 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -151,7 +153,20 @@ class Strategy:
         if absent:
             raise MissingStatistic(f"{self.name!r} needs {', '.join(absent)}: pass calibration data (data=...)")
         wanted = {name: given[name] for name in self.parameters if name in given}
-        return self.function(**wanted, **{name: options[name] for name in options if name in self.parameters})
+        with _plain_defaults():
+            return self.function(**wanted, **{name: options[name] for name in options if name in self.parameters})
+
+
+@contextmanager
+def _plain_defaults() -> Iterator[None]:
+    """What a strategy draws is float32 on the CPU, whatever the user's defaults are: the same start everywhere."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 _registry: dict[str, Strategy] = {}

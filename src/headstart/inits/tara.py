@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from headstart.errors import TooLittleData
 from headstart.inits.blocks import times
 from headstart.inits.checks import check_above_zero, check_fit, check_rows, check_values
 from headstart.inits.split import split_product
@@ -78,7 +79,12 @@ def tara(
     U, facts = leading(Weighted(weight, right, left), rank, generator)
     sigma_y = output_gradients.dense()
     sigma_y.diagonal().add_(ridge)
-    B = torch.cholesky_solve(U, torch.linalg.cholesky(sigma_y))
+    L, failed = torch.linalg.cholesky_ex(sigma_y)
+    if failed:
+        raise TooLittleData(
+            f"{output_gradients.count} tokens leave Σ_y singular: give more data, or raise damping={damping}"
+        )
+    B = torch.cholesky_solve(U, L)
     # Deviation: an even split of the product. The paper's, √S on both sides, leaves both factors the units of their
     # metric: output gradients of 1e-4 make B a hundred million times A.
     return split_product(B, times(weight.T, left(U)).T, scaling, generator, facts)

@@ -26,6 +26,7 @@ from headstart.lora.calibration import Calibration
 from headstart.lora.config import LoraConfig
 from headstart.lora.layers import LoraLayer, Start, TrainedModule, lora_layers, wrap
 from headstart.lora.layers.encoder import Switch, switches
+from headstart.lora.layers.read import is_read
 from headstart.lora.rates import Rate
 from headstart.lora.report import InitReport
 from headstart.lora.starts import prepare
@@ -46,6 +47,7 @@ class Adapter:
         flags: `requires_grad` of every parameter before.
         biases: the values that the trained biases had before, by their name in the base model.
         switches: what keeps torch's encoders from computing past the layers.
+        aside: what the trained biases hold, while the adapter is disabled and the model has its own.
     """
 
     model: nn.Module
@@ -55,6 +57,7 @@ class Adapter:
     flags: list[tuple[nn.Parameter, bool]] = field(default_factory=list)
     biases: dict[str, Tensor] = field(default_factory=dict)
     switches: list[Switch] = field(default_factory=list)
+    aside: dict[str, Tensor] = field(default_factory=dict)
 
     def layers(self) -> dict[str, LoraLayer]:
         """The LoRA layers by name."""
@@ -100,8 +103,9 @@ class Adapter:
         before = [module.enabled for module in switches]
         merged = [(layer, layer.weight_parameter) for layer in self.layers().values() if layer.merged]
         biases = self.trained_biases()
-        trained = {name: bias.data for name, bias in biases.items()}
+        trained, outer = {name: bias.data for name, bias in biases.items()}, self.aside
         try:
+            self.aside = outer or trained
             for module in switches:
                 module.enabled = False
             for layer, _ in merged:
@@ -119,6 +123,7 @@ class Adapter:
             self._switch(off=True)
             for name, bias in biases.items():
                 bias.data = trained[name]
+            self.aside = outer
 
     def _switch(self, off: bool) -> None:
         for switch in self.switches:
@@ -212,8 +217,10 @@ def install(
     wrapped: list[tuple[Holders, nn.Module, nn.Module]] = []
     for target, start in starts:
         base = occupants.get(target.module, target.module)
-        occupants[target.module] = wrap(base, target.layout, start, target.parameter)
-        wrapped.append((target.holders, base, occupants[target.module]))
+        around = wrap(base, target.layout, start, target.parameter)
+        around.read = target.parameter == "weight" and any(is_read(*place) for place in target.holders)
+        occupants[target.module] = around
+        wrapped.append((target.holders, base, around))
     wrapped += _trained_modules(model, config)
 
     own = {id(p) for _, _, layer in wrapped for p in _new_parameters(layer)}
@@ -246,14 +253,14 @@ def _new_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def _trained_modules(model: nn.Module, config: LoraConfig) -> list[tuple[Holders, nn.Module, nn.Module]]:
-    """Copies of the modules that train in full."""
-    wanted = [
-        module
-        for name, module in model.named_modules()
-        if any(name == kept or name.endswith(f".{kept}") for kept in config.modules_to_save or ())
-    ]
+    """Copies of the modules that train in full. What lies in one trains with it."""
+    wanted: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        named = any(name == kept or name.endswith(f".{kept}") for kept in config.modules_to_save or ())
+        if named and not any(name.startswith(f"{outer}.") for outer in wanted):
+            wanted[name] = module
     places = holders_of(model)
-    return [(places[module], module, TrainedModule(module, copy.deepcopy(module))) for module in wanted]
+    return [(places[module], module, TrainedModule(module, copy.deepcopy(module))) for module in wanted.values()]
 
 
 def trained_biases(
@@ -305,6 +312,8 @@ def check_plain(model: nn.Module) -> None:
         raise AdapterState("the model carries PEFT layers: use headstart.peft for it, or unload them first")
     if any(matrix.is_sharded(p) for p in model.parameters()):
         raise AdapterState("the model is sharded, and a start needs whole weights: adapt it first, then shard it")
+    if any(isinstance(p, nn.UninitializedParameter) for p in model.parameters()):
+        raise AdapterState("the model has lazy layers without a shape yet: run one batch through it first")
     if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
         raise AdapterState("torch.inference_mode makes tensors that never train: load and adapt outside of it")
 
@@ -323,6 +332,26 @@ def remove(model: nn.Module) -> nn.Module:
             bias.copy_(adapter.biases[name])
     take_out(adapter, keep_trained=False)
     return model
+
+
+@contextmanager
+def put_back(adapter: Adapter) -> Iterator[None]:
+    """Whatever ends what runs within too early, the layers stand and compute as before."""
+    stood = [(parent, leaf, parent._modules[leaf]) for places, _ in adapter.holders for parent, leaf in places]
+    flags = [(parameter, parameter.requires_grad) for parameter in adapter.model.parameters()]
+    unmerged = [layer for layer in adapter.layers().values() if not layer.merged]
+    try:
+        yield
+    except BaseException:
+        for parent, leaf, module in stood:
+            parent._modules[leaf] = module
+        for layer in unmerged:
+            layer.unmerge()
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        adapter._switch(off=True)
+        adapter.model.__dict__[_KEY] = adapter
+        raise
 
 
 def take_out(adapter: Adapter, keep_trained: bool) -> None:

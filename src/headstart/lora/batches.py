@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import chain, islice
 from typing import Any
 
@@ -21,8 +21,13 @@ def moved(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Mapping):
         return {name: moved(value, device) for name, value in batch.items()}
     if isinstance(batch, tuple | list):
-        return type(batch)(moved(value, device) for value in batch)
+        return _like(batch, [moved(value, device) for value in batch])
     return batch
+
+
+def _like(batch: Any, values: list[Any]) -> Any:
+    """A list or a tuple of other values; a named tuple takes them one by one."""
+    return type(batch)(*values) if isinstance(batch, tuple) and type(batch) is not tuple else type(batch)(values)
 
 
 def first_row(batch: Any) -> Any:
@@ -33,7 +38,7 @@ def first_row(batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return {name: value[:1] if isinstance(value, Tensor) else value for name, value in batch.items()}
     if isinstance(batch, tuple | list):
-        return type(batch)(value[:1] if isinstance(value, Tensor) else value for value in batch)
+        return _like(batch, [value[:1] if isinstance(value, Tensor) else value for value in batch])
     return batch[:1]
 
 
@@ -43,25 +48,70 @@ def tensors(batch: Any) -> list[Tensor]:
     return [value for value in values if isinstance(value, Tensor)]
 
 
+def check(batch: Any) -> None:
+    """Refuse a row of a dataset where a model is to be given a batch.
+
+    Raises:
+        CalibrationError: if it holds no tensor, or token ids of one dimension.
+    """
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if (isinstance(ids, Tensor) and ids.ndim == 1) or not _holds_tensor(batch):
+        what = f"({', '.join(map(str, batch))}) " if isinstance(batch, Mapping) else ""
+        raise CalibrationError(
+            f"data yields a {type(batch).__name__} {what}that is no batch of tensors: put rows together and make "
+            "tensors of them, as a DataLoader with a collator does"
+        )
+
+
+def _holds_tensor(batch: Any) -> bool:
+    if isinstance(batch, Mapping):
+        return any(map(_holds_tensor, batch.values()))
+    return any(map(_holds_tensor, batch)) if isinstance(batch, tuple | list) else isinstance(batch, Tensor)
+
+
 def rows(batch: Any) -> int:
     """How many rows a batch has."""
     return next((len(value) for value in tensors(batch) if value.ndim), 1)
 
 
-def mask(batch: Any, device: torch.device) -> Tensor | None:
-    """Which tokens count, (tokens,): those that are no padding and carry a label. None where all of them do."""
+def mask(batch: Any) -> Tensor | None:
+    """Which tokens count, (b, s): those that are no padding and carry a label. None where all of them do."""
+    return _counting(batch, "attention_mask", "labels")
+
+
+def masks(batch: Any) -> tuple[Tensor | None, Tensor | None]:
+    """The same of an encoder's tokens, which carry no labels, and of a decoder's, which may read the same ones."""
+    own = [batch.get(name) for name in ("decoder_attention_mask", "labels")] if isinstance(batch, Mapping) else []
+    told = any(isinstance(values, Tensor) and values.ndim == 2 for values in own)
+    encoder = _counting(batch, "attention_mask")
+    return encoder, _counting(batch, "decoder_attention_mask", "labels") if told else encoder
+
+
+def _counting(batch: Any, padding: str, labels: str = "") -> Tensor | None:
     if not isinstance(batch, Mapping):
         return None
-    padding, labels = batch.get("attention_mask"), batch.get("labels")
-    found = padding.bool() if isinstance(padding, Tensor) and padding.ndim == 2 else None
-    if isinstance(labels, Tensor) and labels.ndim == 2 and (found is None or labels.shape == found.shape):
-        found = labels != -100 if found is None else found & (labels != -100)
-    return None if found is None or bool(found.all()) else found.reshape(-1).to(device)
+    kept, given = batch.get(padding), batch.get(labels)
+    found = kept.bool() if isinstance(kept, Tensor) and kept.ndim == 2 else None
+    if isinstance(given, Tensor) and given.ndim == 2 and (found is None or given.shape == found.shape):
+        found = given != -100 if found is None else found & (given != -100)
+    return None if found is None or bool(found.all()) else found
+
+
+def counted(rows: Tensor, shape: Sequence[int], kept: Tensor | None) -> Tensor:
+    """The rows of the tokens that count, where these are rows of tokens: (b, s, …), or (s, b, …) in some models.
+
+    Args:
+        rows: (T, n), made of a tensor of this shape; kept: (b, s).
+    """
+    if kept is None or len(rows) != kept.numel():
+        return rows
+    turned = tuple(shape[:2]) == tuple(reversed(kept.shape)) != tuple(kept.shape)
+    return rows[(kept.T if turned else kept).reshape(-1).to(rows.device)]
 
 
 def tokens(batch: Any) -> int:
     """How many tokens of a batch count; its rows where it holds no tokens."""
-    kept = mask(batch, torch.device("cpu"))
+    kept = mask(batch)
     if kept is not None:
         return int(kept.sum())
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
@@ -79,6 +129,11 @@ def labelled(model: nn.Module, batch: Any) -> float:
 def predicts_next(model: nn.Module) -> bool:
     """Whether it is a language model of transformers, whose own loss is a mean over the tokens of all rows."""
     return type(model).__name__.endswith(("CausalLM", "LMHeadModel"))
+
+
+def is_two_sided(model: nn.Module) -> bool:
+    """Whether it is a model of transformers whose decoder reads what an encoder made of other tokens."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def pieces(model: nn.Module, batch: Any) -> list[Any]:
@@ -113,6 +168,14 @@ def peeked(data: Iterable[Any], name: str) -> tuple[Any, Iterator[Any]]:
     for first in stream:
         return first, chain([first], stream)
     raise CalibrationError(f"{name} holds no batch: check the dataset and its filters")
+
+
+def count_of(data: Iterable[Any], limit: int) -> int:
+    """How many batches are read, as far as it is known: a loader of a stream has a length only by name."""
+    try:
+        return min(limit, len(data)) if isinstance(data, Sized) else limit
+    except TypeError:
+        return limit
 
 
 def shown(stream: Iterator[Any], limit: int, progress: bool) -> Iterator[Any]:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from headstart.lora.fingerprint import fingerprint
 from headstart.lora.layers import lora_layers
 from headstart.lora.observe import Observer, Sharing, is_called, undisturbed
 from headstart.lora.plan import GRADIENTS, Plan
+from headstart.lora.sides import Sides
 
 
 def calibrate(
@@ -76,27 +77,35 @@ def calibrate(
     plan = Plan.of(model, configs, dense, exact_inputs)
     if preserve is None and plan.asks("preserved"):
         raise MissingStatistic("this strategy weighs the data against what is to be preserved: pass preserve=")
+    if preserve is not None and not plan.asks("preserved"):
+        raise BadOption(
+            "no init here weighs its data against what is to be preserved: leave preserve= out, and for one that looks "
+            "at preserved data alone (lora_null, corda with mode='kpm') pass that as data="
+        )
     if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
         raise BadOption(f"batches is {batches!r}: choose an integer of at least 1")
     began, modules = time.perf_counter(), [target.module for target in plan.targets.values()]
     with undisturbed(model):
         with reduce.together():
             first, stream = reading.peeked(data, "data")
-            count = min(batches, len(data)) if isinstance(data, Sized) else batches
+            count = reading.count_of(data, batches)
             calls = Calls(model, loss, plan.asks(*GRADIENTS), modules)
             leaders = _probe(plan, calls, first)
-            _check_limit(plan.empty(leaders, torch.device("meta")), memory_limit)
-        reduce.agree(leaders, "the layers that run")
+        leaders = reduce.agreed(leaders)
+        _check_limit(plan.empty(leaders, torch.device("meta")), memory_limit)
         with reduce.together():
             found, seen = plan.empty(leaders), Seen()
             one_pass = _Pass(plan, found, leaders, calls, seen)
             one_pass.run(reading.shown(stream, count, progress), halfway=count // 2)
-            if preserve is not None and plan.asks("preserved"):
+            if preserve is not None:
                 _, others = reading.peeked(preserve, "preserve")
-                alone = _Pass(plan, found, leaders, Calls(model, loss, False, modules), Seen(), preserved=True)
+                calls = Calls(model, loss, False, modules)
+                alone = _Pass(plan, found, leaders, calls, Seen(), preserved=True)
                 alone.run(reading.shown(others, batches, progress))
     reduce.everywhere(each(found), plan.seed)
-    reduce.total(seen)
+    ran = reduce.union(seen.layers)
+    reduce.total(seen, "batches", "tokens", "loss", "weight")
+    found = {name: kinds for name, kinds in found.items() if name in ran or name not in leaders}
     _check_finite(found)
     _compare(found)
     known = fingerprint(plan.targets.values())
@@ -121,12 +130,14 @@ class Seen:
 
     Attributes:
         batches, tokens: that were read; loss: the sum of the tokens' losses; weight: how many have one.
+        layers: that ran.
     """
 
     batches: int = 0
     tokens: int = 0
     loss: float = 0.0
     weight: float = 0.0
+    layers: set[str] = field(default_factory=set)
 
     @property
     def mean_loss(self) -> float | None:
@@ -134,14 +145,21 @@ class Seen:
 
 
 def _probe(plan: Plan, calls: Calls, first: Any) -> dict[str, str]:
-    """Which layers run, and the layer that keeps the inputs of each."""
+    """The layer that keeps the inputs of each: the first that is given the same.
+
+    What a row does not reach, an expert for one, other data may: such a layer keeps its own.
+    """
     observer = Observer({name: target for name, target in plan.targets.items() if is_called(target)})
     with observer.watching(), torch.no_grad():
-        calls.forward(reading.first_row(first))
+        try:
+            calls.forward(reading.first_row(first))
+        except Exception:  # A loss may compare the rows of a batch, and one of them is none.
+            observer.sharing = Sharing()
+            calls.forward(first)
     leaders = observer.sharing.leaders(plan.targets)
     if not leaders and all(map(is_called, plan.targets.values())):
         raise CalibrationError("the first batch reaches none of the layers that are to be adapted: check the batch")
-    return leaders
+    return {name: leaders.get(name, name) for name, target in plan.targets.items() if is_called(target)}
 
 
 class _Pass:
@@ -158,7 +176,7 @@ class _Pass:
     ) -> None:
         self.plan, self.found, self.leaders, self.calls, self.seen = plan, found, leaders, calls, seen
         self.inputs = "preserved" if preserved else "inputs"
-        self.mask: Tensor | None = None
+        self.sides = Sides(calls.model)
         self.weight = 1.0
         self.gradients = [s for layer in found.values() for s in layer.get("gradient", ())] if calls.backward else []
 
@@ -167,9 +185,9 @@ class _Pass:
         observer.on_input = self._input if self.plan.asks(self.inputs) else None
         if self.calls.backward:
             observer.on_gradient, observer.on_weight = self._gradient, self._weight
-        with observer.watching():
+        with observer.watching(), self.sides.watching():
             for index, batch in enumerate(stream):
-                if index == halfway:
+                if index == halfway and index:
                     for statistic in self.gradients:
                         statistic.split()
                 self._batch(observer, index, batch)
@@ -181,7 +199,7 @@ class _Pass:
             self._piece(observer, index, piece)
 
     def _piece(self, observer: Observer, index: int, batch: Any) -> None:
-        self.mask = reading.mask(batch, self.calls.device)
+        self.sides.begin(batch, self.calls.device)
         observer.sharing, observer.forward = Sharing(), True
         with torch.set_grad_enabled(self.calls.backward):
             value, self.weight = self.calls.forward(batch)
@@ -196,7 +214,8 @@ class _Pass:
         self.seen.loss += loss * self.weight
         self.seen.weight += self.weight
         observer.forward = False
-        value.backward()
+        with torch.autocast(value.device.type, enabled=False):  # In which the gradients are summed.
+            value.backward()
         for statistic in self.gradients:
             statistic.count += self.weight
 
@@ -204,20 +223,22 @@ class _Pass:
         if self.leaders[name] == name and self.inputs in self.found[name]:
             target = self.plan.targets[name]
             both = zip(self.found[name][self.inputs], target.layout.input_rows(target.module, x), strict=True)
-            for statistic, X in {id(statistic): (statistic, X) for statistic, X in both}.values():
-                statistic.add(self._counted(X))
+            with torch.autocast(x.device.type, enabled=False):
+                for statistic, X in {id(statistic): (statistic, X) for statistic, X in both}.values():
+                    statistic.add(self._counted(name, x, X))
 
     def _gradient(self, name: str, x: Tensor, dy: Tensor) -> None:
         target, found = self.plan.targets[name], self.found[name]
         outputs = target.layout.output_rows(target.module, dy)
         for need in ("output_gradients", "output_squares"):
             for i, statistic in enumerate(found.get(need, ())):
-                statistic.add(self._counted(outputs[i]).float() * self.weight)
+                statistic.add(self._counted(name, x, outputs[i]).float() * self.weight)
         if "gradient" not in found:
             return
         if target.layout.kind == "embedding":
             (statistic,), (D,) = found["gradient"], [outputs[0].float() * self.weight]
-            statistic.add_dense(D.new_zeros(statistic.shape[1], D.shape[1]).index_add_(0, x.reshape(-1), D).t())
+            assert isinstance(target.module, nn.Embedding)
+            statistic.add_dense(_of_lookup(target.module, statistic.shape[1], x.reshape(-1), D).t())
             return
         inputs = target.layout.input_rows(target.module, x)
         for statistic, D, X in zip(found["gradient"], outputs, inputs, strict=True):
@@ -228,21 +249,29 @@ class _Pass:
         for statistic, block in zip(self.found[name]["gradient"], blocks, strict=True):
             statistic.add_dense(block.float() * self.weight)
 
-    def _counted(self, rows: Tensor) -> Tensor:
-        """Without padding, where these are rows of tokens."""
-        return rows if self.mask is None or len(rows) != len(self.mask) else rows[self.mask]
+    def _counted(self, name: str, x: Tensor, rows: Tensor) -> Tensor:
+        """Rows made of x, without padding where they are rows of tokens."""
+        return reading.counted(rows, x.shape, self.sides.mask(self.plan.targets[name].module, x))
 
     def _check_sharing(self, sharing: Sharing, index: int) -> None:
+        self.seen.layers |= sharing.seen.keys()
         for name, calls in sharing.seen.items():
-            if name not in self.leaders:
-                raise CalibrationError(
-                    f"layer {name!r} runs in batch {index} and not in the first: begin with that batch, or exclude it"
-                )
             if calls != sharing.seen.get(self.leaders[name]):
                 raise CalibrationError(
                     f"layer {name!r} is given the inputs of {self.leaders[name]!r} in the first batch and others in "
                     f"batch {index}: calibrate them apart, with exclude_modules"
                 )
+
+
+def _of_lookup(embedding: nn.Embedding, rows: int, ids: Tensor, D: Tensor) -> Tensor:
+    """The gradient of an embedding's weight, (V, m): some scale what they look up, and padding never learns."""
+    G = D.new_zeros(rows, D.shape[1]).index_add_(0, ids, D)
+    scale = matrix.embed_scale(embedding)
+    if scale is not None:
+        G *= float(scale)
+    if embedding.padding_idx is not None:
+        G[embedding.padding_idx] = 0
+    return G
 
 
 def _check_finite(found: Found) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ class Calibration:
                 raise MissingStatistic(
                     f"the calibration holds no {need!r} ({NAMES[need]}): calibrate for this init too"
                 )
-        known = {need: found[need][block] for need in needs}
+        known = {need: _on(found[need][block], weight.device) for need in needs}
         for need, statistic in known.items():
             _check_fits(name, need, statistic, weight)
         return known
@@ -177,6 +177,21 @@ def tensors(statistic: Any) -> list[Tensor]:
     """The tensors that a statistic keeps."""
     values = [v if isinstance(v, list | tuple) else [v] for v in _state(statistic).values()]
     return [part for parts in values for part in parts if isinstance(part, Tensor)]
+
+
+def _on(statistic: Any, device: torch.device) -> Any:
+    """A statistic where the weight is: one that was loaded lies on the CPU."""
+    if device.type == "meta" or all(tensor.device == device for tensor in tensors(statistic)):
+        return statistic
+    moved = {name: _moved(value, device) for name, value in _state(statistic).items()}
+    fresh: dict[str, Any] = {"known": {}} if isinstance(statistic, Moments) else {}
+    return replace(statistic, **moved, **fresh)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return type(value)(part.to(device) for part in value) if isinstance(value, list | tuple) else value
 
 
 def _state(statistic: Any) -> dict[str, Any]:

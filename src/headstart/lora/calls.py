@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -35,7 +36,8 @@ class Calls:
         batch = reading.moved(batch, self.device)
         if self.loss is not None:
             value = self.loss(self.model, batch)
-            return value if isinstance(value, tuple) else (value, float(reading.rows(batch)))
+            return told(value, reading.rows(batch)) if self.backward else (None, 0.0)
+        reading.check(batch)
         if isinstance(batch, Mapping):
             output = self.model(**(batch if self.backward else self._without_loss(batch)))
         else:
@@ -48,9 +50,29 @@ class Calls:
         return value, reading.labelled(self.model, batch)
 
     def _without_loss(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Without gradients nobody asks for a language model's loss, nor for its logits, which cost as much."""
+        """Without gradients nobody asks for a language model's loss, nor for its logits, which cost as much.
+
+        A decoder that stands beside an encoder makes its inputs of the labels.
+        """
         if not hasattr(self.model, "main_input_name"):
             return dict(batch)
         takes = inspect.signature(self.model.forward).parameters
         few = {"logits_to_keep": 1} if "logits_to_keep" in takes and not self.head_counts else {}
-        return {name: value for name, value in batch.items() if name != "labels"} | few
+        unused = () if reading.is_two_sided(self.model) else ("labels",)
+        return {name: value for name, value in batch.items() if name not in unused} | few
+
+
+def told(value: Any, rows: int) -> tuple[Tensor, float]:
+    """What a user's loss says: a mean, or a mean and what it is the mean of."""
+    loss, count = value if isinstance(value, tuple) and len(value) == 2 else (value, rows)
+    counted = count.numel() == 1 if isinstance(count, Tensor) else isinstance(count, Real)
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not counted:
+        what = " and ".join(map(_named, value)) if isinstance(value, tuple) else _named(value)
+        raise CalibrationError(
+            f"loss= returned {what}: return the mean loss as a tensor of one number, or that and a number of tokens"
+        )
+    return loss.reshape(()), float(count)
+
+
+def _named(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

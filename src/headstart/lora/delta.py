@@ -84,6 +84,22 @@ def plain_lora(layout: Layout, branch: Branch, rank: int, to_rank: int | None = 
     return layout.pack(both), 2 * rank, 0.0
 
 
+def effective_weight(layout: Layout, weight: Tensor, branch: Branch) -> Tensor:
+    """W + ΔW, under DoRA m/‖W + ΔW‖ ⊙ (W + ΔW), differentiable in the factors."""
+    weight = weight if branch.base is None else branch.base
+    A, B = branch.A, branch.B
+    if branch.anchor is None:
+        change = layout.product(A, B)
+    else:
+        A0, B0 = branch.anchor
+        change = layout.product(A, B - B0) + layout.product(A - A0, B0)
+    changed = torch.add(weight, change, alpha=branch.scaling)
+    if branch.magnitude is not None:
+        gain = branch.ratio()
+        changed = changed * (gain if layout.transposed else gain.reshape(-1, *(1,) * (weight.ndim - 1)))
+    return changed.to(weight.dtype)
+
+
 def merged_weight(layout: Layout, weight: Tensor, branch: Branch) -> Tensor:
     """A new tensor: the weight with the branch folded in, every element rounded once."""
     if branch.magnitude is not None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from headstart.errors import AdapterState, BadOption, CalibrationError
 from headstart.lora import batches as reading
 from headstart.lora.calls import Calls, Loss
+from headstart.lora.layers import LoraLayer, lora_layers
 from headstart.lora.observe import undisturbed
 
 STEPS = (16.0, 8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.125, 0.0625)
@@ -67,24 +68,28 @@ def search_step(
     factors = list(_factors(model))
     if not factors:
         raise AdapterState("no branch moves the function at step zero, so there is no step to scale")
+    magnitudes = list(_magnitudes(model))
     _, stream = reading.peeked(data, "data")
     seen = list(reading.shown(stream, batches, progress=False))
     with undisturbed(model), torch.no_grad():
         calls = Calls(model, loss, True, ())
-        losses = {step: _mean(calls, seen, factors, step) for step in (0.0, *steps)}
+        losses = {step: _mean(calls, seen, factors, magnitudes, step) for step in (0.0, *steps)}
         if not math.isfinite(losses[0.0]):
             raise CalibrationError(f"the base's own loss on this data is {losses[0.0]}: look at the data")
         best = min(steps, key=lambda step: losses[step] if math.isfinite(losses[step]) else math.inf)
         if not losses[best] < losses[0.0]:
             best = min(steps)
-        for factor, power in factors:
-            factor.mul_(best**power)
+        _scale(factors, magnitudes, best)
     return Searched(best, losses)
 
 
-def _mean(calls: Calls, seen: Sequence[Any], factors: Sequence[tuple[Tensor, float]], step: float) -> float:
+Factors = Sequence[tuple[Tensor, float]]
+Magnitudes = Sequence[tuple[Tensor, LoraLayer]]
+
+
+def _mean(calls: Calls, seen: Sequence[Any], factors: Factors, magnitudes: Magnitudes, step: float) -> float:
     total = weight = 0.0
-    with _scaled(factors, step):
+    with _scaled(factors, magnitudes, step):
         for batch in seen:
             value, count = calls.forward(batch)
             if value is None:
@@ -94,15 +99,32 @@ def _mean(calls: Calls, seen: Sequence[Any], factors: Sequence[tuple[Tensor, flo
 
 
 @contextmanager
-def _scaled(factors: Sequence[tuple[Tensor, float]], step: float) -> Iterator[None]:
-    before = [factor.clone() for factor, _ in factors]
+def _scaled(factors: Factors, magnitudes: Magnitudes, step: float) -> Iterator[None]:
+    changed = [tensor for tensor, _ in (*factors, *magnitudes)]
+    before = [tensor.clone() for tensor in changed]
     try:
-        for factor, power in factors:
-            factor.mul_(step**power)
+        _scale(factors, magnitudes, step)
         yield
     finally:
-        for (factor, _), value in zip(factors, before, strict=True):
-            factor.copy_(value)
+        for tensor, value in zip(changed, before, strict=True):
+            tensor.copy_(value)
+
+
+def _scale(factors: Factors, magnitudes: Magnitudes, step: float) -> None:
+    for factor, power in factors:
+        factor.mul_(step**power)
+    for magnitude, layer in magnitudes:
+        norm = layer.branch().norm
+        assert norm is not None
+        magnitude.copy_(norm)
+
+
+def _magnitudes(model: nn.Module) -> Iterator[tuple[Tensor, LoraLayer]]:
+    """DoRA's row norms, which are those of the weight with the step: a shorter step has others."""
+    native = [(layer.magnitude, layer) for _, layer in lora_layers(model)]
+    if not native and any("lora_magnitude_vector" in name for name, _ in model.named_parameters()):
+        raise AdapterState("the magnitudes of a PeftModel's DoRA belong to the step as it is: search without use_dora")
+    yield from ((magnitude, layer) for magnitude, layer in native if magnitude is not None)
 
 
 def _factors(model: nn.Module) -> Iterator[tuple[Tensor, float]]:

@@ -78,6 +78,11 @@ class Layout:
         """The stored tensors as one pair (k, n), (m, k) for the forward. Differentiable."""
         return A, B
 
+    def product(self, A: Tensor, B: Tensor) -> Tensor:
+        """B·A, as the weight is stored. Differentiable."""
+        A, B = self.dense(A, B)
+        return (B @ A).mT if self.transposed else B @ A
+
     def to_file(self, A: Tensor, B: Tensor) -> Pair:
         """The stored tensors as PEFT writes them."""
         return A, B
@@ -147,6 +152,10 @@ class Convolution(Layout):
     def is_dense(self, A: Tensor) -> bool:
         """Whether A sees all channels although the layer is grouped: what PEFT trains, and what cannot be merged."""
         return self.groups > 1 and A.shape[1] == self.channels
+
+    def product(self, A: Tensor, B: Tensor) -> Tensor:
+        whole = torch.cat([b @ a for a, b in self.unpack(A, B)])
+        return whole.reshape(len(whole), self.channels // self.groups, *self.kernel)
 
     def to_file(self, A: Tensor, B: Tensor) -> Pair:
         if self.groups == 1 or self.is_dense(A):
@@ -246,6 +255,23 @@ def is_conv1d(module: nn.Module) -> bool:
 def is_linear(module: nn.Module) -> bool:
     """Whether "all-linear" means this module."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def runs_its_own_way(module: nn.Module) -> bool:
+    """Whether a lookup or a convolution has a forward of its own: it offsets, pads, normalises, … as it likes.
+
+    No branch beside it follows that. A lookup that is only scaled (`embed_scale`) is none of these.
+    """
+    kind = next((k for k in (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(module, k)), None)
+    if kind is None or type(module).forward is kind.forward or quantized.is_quantized(module._parameters["weight"]):
+        return False
+    return not isinstance(module, nn.Embedding) or embed_scale(module) is None
+
+
+def embed_scale(module: nn.Embedding) -> Tensor | float | None:
+    """What a lookup multiplies its rows with, as Gemma's (a buffer) and BART's (a number) do."""
+    scale: Tensor | float | None = module._buffers.get("embed_scale", module.__dict__.get("embed_scale"))
+    return scale
 
 
 def layout(module: nn.Module, parameter: str = "weight", parts: Sequence[object] | None = None) -> Layout:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from headstart import linalg
 from headstart.errors import AdapterState, BadOption, MetaWeight, NonFiniteWeight
 from headstart.lora import delta, matrix, quantized
-from headstart.lora.adapt import Adapter, adapter_of, take_out
+from headstart.lora.adapt import Adapter, adapter_of, put_back, take_out
 from headstart.lora.layers import LoraLayer, frozen_module
 from headstart.lora.targets import Holders, holders_of
 
@@ -70,7 +71,8 @@ def merge(model: nn.Module, *, reversible: bool = False, in_place: bool = False)
     if hollow := [name for name, layer in layers.items() if matrix.is_hollow(layer.original)]:
         raise MetaWeight(f"the weight of {hollow[0]!r} is not loaded: load the model before you merge")
     linalg.prepare(sum(layer.original.numel() for layer in layers.values()))
-    with torch.no_grad():
+    undone = nullcontext() if in_place else put_back(adapter)
+    with torch.no_grad(), undone:
         check_finite(layers, "merged")
         shared, lost = _shared(model, layers), dict.fromkeys(layers, 0.0)
         if in_place:
@@ -83,20 +85,23 @@ def merge(model: nn.Module, *, reversible: bool = False, in_place: bool = False)
             lost = {name: share for name, (_, share) in found.items()}
             for name, layer in layers.items():
                 layer.merge(found[name][0])
-    if shared:
-        warnings.warn(
-            f"{', '.join(shared)} shared a weight with other modules and has one of its own now; "
-            "where the model's config says that they are tied (tie_word_embeddings), set it to False before saving",
-            stacklevel=2,
-        )
-    if not reversible:
-        flags = {id(parameter): flag for parameter, flag in adapter.flags}
-        for layer in layers.values():
-            flag = flags.get(id(layer.original), False)
-            layer.forget_original()
-            layer.weight_parameter.requires_grad_(flag)
-        take_out(adapter, keep_trained=True)
+        if shared:
+            warnings.warn(
+                f"{', '.join(shared)} shared a weight with other modules and has one of its own now; "
+                "where the model's config says that they are tied (tie_word_embeddings), set it to False before saving",
+                stacklevel=2,
+            )
+        if not reversible:
+            _settle(adapter, {**adapter.layers(), **layers}.values())
     return MergeReport(lost)
+
+
+def _settle(adapter: Adapter, layers: Iterable[LoraLayer]) -> None:
+    """Make a merge final. The layers go with the frozen weights that they keep: until then there is a way back."""
+    flags = {id(parameter): flag for parameter, flag in adapter.flags}
+    for layer in layers:
+        layer.weight_parameter.requires_grad_(flags.get(id(layer.original), False))
+    take_out(adapter, keep_trained=True)
 
 
 def check_finite(layers: Mapping[str, LoraLayer], purpose: str) -> None:

@@ -147,7 +147,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """
     modes = [(module, module.training) for module in model.modules()]
     flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    held = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
+    rates = _rates(model)
     config = getattr(model, "config", None)
     caches = getattr(config, "use_cache", None)
     fast = torch.backends.mha.get_fastpath_enabled()  # torch's encoders compute past their modules on it
@@ -155,6 +157,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     try:
         with torch.random.fork_rng(devices=devices):
             _rest(model)
+            for module, name, _ in rates:
+                setattr(module, name, 0.0)
             for parameter, _, _ in flags:
                 parameter.requires_grad_(False)
                 parameter.grad = None
@@ -166,6 +170,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
         for module, training in modes:
             module.training = training
+        for module, name, rate in rates:
+            setattr(module, name, rate)
+        for module, own in held:  # Some are replaced instead of written to.
+            module._buffers.update(own)
         for parameter, asks, gradient in flags:
             parameter.requires_grad_(asks)
             parameter.grad = gradient
@@ -178,9 +186,22 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def _rest(model: nn.Module) -> None:
-    """Evaluation; where activations are checkpointed, which models do in training only, all but what is random."""
+    """Evaluation; but modules whose activations are checkpointed, which models do in training only, train."""
     model.eval()
-    if getattr(model, "is_gradient_checkpointing", False):
-        for module in model.modules():
-            if "Dropout" not in type(module).__name__ and "BatchNorm" not in type(module).__name__:
-                module.training = True
+    for module in _checkpointed(model):
+        module.training = True
+
+
+def _rates(model: nn.Module) -> list[tuple[nn.Module, str, float]]:
+    """What checkpointed modules drop by themselves, without a Dropout below them: hidden states, or whole layers."""
+    return [
+        (module, name, value)
+        for module in _checkpointed(model)
+        for name, value in vars(module).items()
+        if "drop" in name and isinstance(value, float)
+    ]
+
+
+def _checkpointed(model: nn.Module) -> list[nn.Module]:
+    """The modules that checkpoint, as transformers marks them; what is below them stays in evaluation."""
+    return [module for module in model.modules() if module.__dict__.get("gradient_checkpointing")]

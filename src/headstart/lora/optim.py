@@ -82,6 +82,7 @@ def lora_plus_groups(
     # Deviation: biases and norms take A's rate. The authors' code gives them B's, which the paper does not argue for.
     rates = {"A": lr, "B": lr * ratio, "embedding": embedding_lr, "other": lr, "vectors": lr}
     _check_rates(lr=lr, ratio=ratio, embedding_lr=embedding_lr)
+    _check_from_zero(weight_decay=weight_decay)
     members: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -110,6 +111,7 @@ def preconditioned_groups(model: nn.Module, lr: float, weight_decay: float = 0.0
         AdapterState: where no factor trains.
     """
     _check_rates(lr=lr)
+    _check_from_zero(weight_decay=weight_decay)
     pairs = list(_pairs(model))
     if not pairs:
         raise AdapterState(_NOTHING)
@@ -145,6 +147,12 @@ def _check_rates(**values: float) -> None:
     for name, value in values.items():
         if not (math.isfinite(value) and value > 0):
             raise BadOption(f"{name} is {value!r}: choose a positive number")
+
+
+def _check_from_zero(**values: float) -> None:
+    for name, value in values.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise BadOption(f"{name} is {value!r}: choose a number from 0")
 
 
 def _pairs(model: nn.Module) -> Iterator[tuple[Layout, tuple[nn.Parameter, nn.Parameter]]]:
@@ -260,8 +268,9 @@ class PreconditionedAdamW(torch.optim.Optimizer):
         damping: float = 0.1,
     ) -> None:
         _check_rates(lr=lr)
-        if not (math.isfinite(damping) and damping >= 0):
-            raise BadOption(f"damping is {damping!r}: choose a number from 0")
+        _check_from_zero(damping=damping, eps=eps, weight_decay=weight_decay)
+        if not all(0 <= beta < 1 for beta in betas):
+            raise BadOption(f"betas are {betas!r}: choose two numbers from 0 up to, not with, 1")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "damping": damping}
         super().__init__(groups, defaults)
         if not any(group["layouts"] for group in self.param_groups):

@@ -103,7 +103,7 @@ def tried(
                     ended.look(calls, judges)
                 else:
                     ended.loss = math.inf
-            reduce.total(ended)  # Processes that see other batches end with the same rate.
+            reduce.total(ended, "loss", "weight")  # Processes that see other batches end with the same rate.
             return ended.mean
 
         losses = _walk(trial, float(near), int(steps / COST + 1e-9))

@@ -103,6 +103,8 @@ class Reach:
 
     def step(self, moved: float) -> float:
         """The step that moves the output so far: the inverse of `moved`."""
+        if self.scaling == 0:  # No step moves anything.
+            return math.inf
         wanted, q, p = moved / self.scaling**2, self._linear, self._product
         if p == 0:
             return math.sqrt(wanted / q) if q > 0 else math.inf

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 
@@ -69,7 +70,8 @@ def redistribute(
     """
     chosen = targets(model, config)
     costs = {target.name: _cost(target) for target in chosen}
-    largest = {target.name: maximum or 4 * target.rank for target in chosen}
+    largest = {target.name: maximum or max(4 * target.rank, minimum) for target in chosen}
+    room = {target.name: _room(target) for target in chosen}
     if rule == "gora" and budget is not None:
         raise BadOption("rule 'gora' hands out what the config's rank comes to: choose r instead of a budget")
     shares = scores is None and rule == "gora"
@@ -78,7 +80,11 @@ def redistribute(
     if shares:
         importance = {name: values[0] for name, values in scores.items()}
         allocation = in_proportion(importance, costs, rank=config.r, minimum=minimum or None, maximum=maximum)
+        ranks = {name: min(rank, room[name]) for name, rank in allocation.ranks.items()}
+        allocation = Allocation(ranks, sum(costs[name] * rank for name, rank in ranks.items()))
     else:
+        if maximum is None:
+            scores = {name: values[: largest.get(name)] for name, values in scores.items()}
         spent = sum(costs[target.name] * target.rank for target in chosen)
         allocation = allocate(scores, costs, spent if budget is None else budget, minimum=minimum, maximum=maximum)
     if not any(allocation.ranks.values()):
@@ -86,14 +92,25 @@ def redistribute(
             f"no layer is given a rank: the cheapest takes {min(costs.values())} parameters a rank. Raise the budget "
             "or the maximum"
         )
-    ranks, alphas = allocation.patterns(config.r, config.lora_alpha, use_rslora=config.use_rslora)
+    ranks, _ = allocation.patterns(config.r, config.lora_alpha)
     changed = dataclasses.replace(
         config,
         rank_pattern=ranks,
-        alpha_pattern=alphas,
-        exclude_modules=_without(config.exclude_modules, allocation.left_out),
+        alpha_pattern=_alphas(config, chosen, allocation),
+        exclude_modules=_without(config.exclude_modules, allocation),
     )
     return changed, allocation
+
+
+def _alphas(config: LoraConfig, chosen: Sequence[Target], allocation: Allocation) -> dict[str, float]:
+    """α of the layers for which it is not the config's: with its new rank every layer has the scaling that it had."""
+    power = 0.5 if config.use_rslora else 1.0
+    found = {target.name: target.scaling * allocation.ranks[target.name] ** power for target in chosen}
+    return {
+        f"^{re.escape(name)}": alpha
+        for name, alpha in found.items()
+        if allocation.ranks[name] and not math.isclose(alpha, config.lora_alpha)
+    }
 
 
 def _scores(
@@ -130,9 +147,21 @@ def _cost(target: Target) -> int:
     return sum(sum(block.shape) for block in blocks) * target.layout.block_rank(target.rank) // target.rank
 
 
-def _without(excluded: str | Sequence[str] | None, names: Sequence[str]) -> str | Sequence[str] | None:
+def _room(target: Target) -> int:
+    """The largest rank that its weight has."""
+    blocks = target.layout.blocks(matrix.outline(target.module, target.parameter))
+    return matrix.largest_rank([block.shape for block in blocks])
+
+
+def _without(excluded: str | Sequence[str] | None, allocation: Allocation) -> str | Sequence[str] | None:
+    """What is excluded already, and the layers without a rank: by full name, where it is not the end of another's."""
+    names = allocation.left_out
     if not names:
         return excluded
-    if isinstance(excluded, str):
-        return "|".join([f"(?:{excluded})", *map(re.escape, names)])
-    return [*(excluded or ()), *names]
+    ends = tuple(f".{name}" for name in names)
+    kept = [name for name, rank in allocation.ranks.items() if rank and name.endswith(ends)]
+    if not isinstance(excluded, str) and not kept:
+        return [*(excluded or ()), *names]
+    if not isinstance(excluded, str):
+        excluded = "|".join(rf"(?:.*\.)?{re.escape(entry)}" for entry in excluded or ())
+    return "|".join([*([f"(?:{excluded})"] if excluded else []), *map(re.escape, names)])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -42,24 +41,37 @@ def together() -> Iterator[None]:
         raise error
 
 
-def agree(value: Any, what: str) -> None:
-    """Refuse to go on where processes differ in something that they must share."""
+def agreed(leaders: Mapping[str, str]) -> dict[str, str]:
+    """The layer that keeps the inputs of each, where all processes found the same; its own elsewhere.
+
+    A process whose first row reaches fewer layers knows of fewer that share.
+    """
+    if is_alone():
+        return dict(leaders)
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, dict(leaders))
+    if any(other.keys() != leaders.keys() for other in told):
+        raise CalibrationError("the processes differ in their layers: give all of them the same model and config")
+    return {name: own if all(other[name] == own for other in told) else name for name, own in leaders.items()}
+
+
+def union(names: set[str]) -> set[str]:
+    """What any process names."""
+    if is_alone():
+        return names
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, names)
+    return set().union(*told)
+
+
+def total(counts: Any, *names: str) -> None:
+    """Sum numbers of an object over the processes, in place."""
     if is_alone():
         return
     told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, value)
-    if any(other != told[0] for other in told):
-        raise CalibrationError(f"the processes differ in {what}: give all of them the same model and config")
-
-
-def total(counts: Any) -> None:
-    """Sum the numbers of a dataclass over the processes, in place."""
-    if is_alone():
-        return
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, vars(counts))
-    for f in fields(counts):
-        setattr(counts, f.name, sum(other[f.name] for other in told))
+    dist.all_gather_object(told, {name: vars(counts)[name] for name in names})
+    for name in names:
+        setattr(counts, name, sum(other[name] for other in told))
 
 
 def everywhere(statistics: Mapping[str, Any], seed: int) -> None:

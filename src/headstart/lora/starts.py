@@ -38,7 +38,8 @@ def prepare(
     chosen = targets(model, config)
     starts, layers = [], []
     for target in chosen:
-        start, layer = start_of(target, config, calibration)
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):  # It would halve precision.
+            start, layer = start_of(target, config, calibration)
         starts.append((target, start))
         layers.append(layer)
     if calibration is not None:  # Now that its sizes fit.

@@ -117,6 +117,9 @@ def _target(name: str, module: nn.Module, holders: Holders, parameter: str, conf
             raise UnsupportedLayer("the model itself cannot be replaced: put it into a module and adapt that")
         if config.use_dora and isinstance(module, nn.MultiheadAttention):
             raise UnsupportedLayer("use_dora is not defined for attention: exclude it, or leave use_dora out")
+        if config.lora_dropout and layout.kind == "conv" and matrix.runs_its_own_way(module):
+            kind = type(module).__name__
+            raise UnsupportedLayer(f"{kind} convolves in its own way, without a place for dropout: set lora_dropout=0")
     except (TargetError, BadRank, BadOption) as error:
         raise type(error)(f"{error} (layer {name!r})") from None
     return Target(name, module, holders, parameter, layout, rank, alpha, config.scaling(rank, alpha))
@@ -153,6 +156,9 @@ def _chosen(model: nn.Module, names: Mapping[str, nn.Module], config: LoraConfig
         chosen -= _select("exclude_modules", excluded, names)
     if config.modules_to_save:
         saved = _select("modules_to_save", config.modules_to_save, names)
+        for name in saved:
+            if isinstance(names[name], nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
+                raise UnsupportedLayer(f"modules_to_save {name!r} is a list that is never called: name what it holds")
         chosen -= {n for n in chosen for kept in saved if n == kept or n.startswith(f"{kept}.")}
     if config.layers_to_transform is not None:
         chosen = _in_layers(chosen, config)

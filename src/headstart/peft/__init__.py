@@ -18,6 +18,7 @@ import peft
 from torch import nn
 
 from headstart.files.adapter import read_adapter
+from headstart.files.cores import check_trains
 from headstart.files.load import plan_load
 from headstart.lora.adapt import check_plain, measured, trained_biases
 from headstart.lora.calibration import Calibration
@@ -89,7 +90,10 @@ def from_pretrained(
         AdapterFormatError, KeyMismatch, WrongBase: before anything is changed.
     """
     check_plain(model)
-    plan = plan_load(model, read_adapter(path))
+    file = read_adapter(path)
+    if is_trainable:
+        check_trains(file)
+    plan = plan_load(model, file)
     wrapped = _inject(model, plan.config, plan.starts, plan.report, adapter_name, inference=not is_trainable)
     fill(wrapped, adapter_name, plan.extras)
     return wrapped if is_trainable else wrapped.eval()

@@ -17,10 +17,12 @@ from peft.utils import ModulesToSaveWrapper, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from headstart.errors import KeyMismatch
-from headstart.files import quantized_base
+from headstart.files import cores, quantized_base
 from headstart.files.adapter import (
+    CORES,
     PREFIX,
     REPORT,
+    TAKEN,
     AdapterFile,
     Entry,
     few,
@@ -31,7 +33,7 @@ from headstart.files.adapter import (
 )
 from headstart.files.bases import check_bases
 from headstart.files.load import start_of_entry, target_of
-from headstart.files.peft_rules import OUTPUT, outputs_scaled
+from headstart.files.peft_rules import OUTPUT, embeddings, outputs_scaled
 from headstart.files.save import provenance
 from headstart.lora import matrix, quantized
 from headstart.lora.delta import Branch, plain_lora
@@ -63,36 +65,48 @@ def save(
     bases = {name: (b, partial(layer.frozen_values, adapter)) for name, layer, b in found_bases if b is not None}
     if said := quantized_base.warning(bases):
         warnings.warn(said, stacklevel=3)
+    gathered = {} if rank else {name: _gathered(name, layer, adapter, state) for name, layer in layers.items()}
+    apart = {name: (A, core) for name, (A, _, core) in gathered.items() if core is not None}
     origin = provenance(
         report,
         anchored={} if rank else anchored,
         frozen={name: letters for name, layer in layers.items() if (letters := layer.frozen(adapter))},
         weights={name: layer.original_values for name, layer in layers.items()},
         bases=bases,
+        cores=list(apart),
     )
     names = {n: f"{plain_name(n)}.{m.parameter_name}" for n, m in layers.items() if isinstance(m, ParamWrapper)}
     names |= {f"{name}{OUTPUT}": plain_name(name) for name in attentions}
     fields = {**_fields(model, adapter), **scales(entries, names)}
     extras = _extras(model, adapter, embeddings, state)
-    taken = quantized_base.taken_from(bases)
-    write_adapter(folder, entries, fields, extras, origin, {REPORT: report.to_json()}, taken)
+    beside = {TAKEN: quantized_base.taken_from(bases), CORES: cores.tensors_of(apart)}
+    write_adapter(folder, entries, fields, extras, origin, {REPORT: report.to_json()}, beside)
+
+
+def _gathered(name: str, layer: ShellLayer, adapter: str, state: State) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A, B and the core, as the layer stores them."""
+
+    def whole(key: str, tensor: Tensor) -> Tensor:
+        found = state.get(f"{PREFIX}{name}.{key}")
+        return matrix.whole(tensor.detach()) if found is None else found
+
+    stored = zip("AB", layer.stored(adapter), strict=True)
+    A, B = layer.layout.from_file(*(whole(layer.key(letter, adapter), factor) for letter, factor in stored))
+    core = layer.core(adapter)
+    return A, B, None if core is None else whole(f"lora_core_{adapter}", core)
 
 
 def _entry(name: str, layer: ShellLayer, adapter: str, rank: int | None, state: State) -> Entry:
-    def gathered(key: str, tensor: Tensor) -> Tensor:
-        found = state.get(f"{PREFIX}{name}.{key}")
-        return matrix.whole(tensor) if found is None else found
-
-    stored = zip("AB", layer.stored(adapter), strict=True)
-    A, B = layer.layout.from_file(*(gathered(layer.key(letter, adapter), factor) for letter, factor in stored))
-    if (core := layer.core(adapter)) is not None:
-        A, B = layer.layout.with_core(A, B, gathered(f"lora_core_{adapter}", core))
+    A, B, core = _gathered(name, layer, adapter, state)
+    if core is not None:
+        A, B = layer.layout.with_core(A, B, core)
     branch = Branch(A, B, layer.scaling[adapter], layer.anchor(adapter))
     (A, B), file_rank, _ = plain_lora(layer.layout, branch, layer.rank(adapter), rank)
     A, B = layer.layout.to_file(A, B)
     magnitude = layer.magnitude(adapter)
     if magnitude is not None:
-        magnitude = gathered(f"lora_magnitude_vector.{adapter}.weight", magnitude)
+        found = state.get(f"{PREFIX}{name}.lora_magnitude_vector.{adapter}.weight")
+        magnitude = matrix.whole(magnitude) if found is None else found
     return Entry(name, A, B, file_rank, branch.scaling * file_rank, magnitude, isinstance(layer, ShellEmbedding))
 
 
@@ -106,6 +120,8 @@ def _fields(model: PeftModel, adapter: str) -> dict[str, Any]:
     wanted = {m for m in fields["modules_to_save"] or () if any(name.endswith(m) for name in kept)}
     fields["modules_to_save"] = sorted(wanted) or None
     fields["base_model_name_or_path"] = fields["base_model_name_or_path"] or _source(base)
+    if fields["task_type"] is None:  # by which PEFT's AutoPeftModel finds the model's class
+        fields["auto_mapping"] = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
     return {**fields, "use_rslora": False, "init_lora_weights": True, "inference_mode": True}
 
 
@@ -140,6 +156,7 @@ def resume(model: PeftModel, adapter: str, path: Any) -> Any:
         AdapterFormatError, KeyMismatch, WrongBase: before anything is changed.
     """
     file = read_adapter(path)
+    cores.check_trains(file)
     base = _tuner(model).model
     layers = dict(shell_layers(base, adapter))
     if set(layers) != set(file.entries):
@@ -162,7 +179,8 @@ def _start(layer: ShellLayer, file: AdapterFile, entry: Entry, adapter: str) -> 
     parameter = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
     target = target_of(entry, layer.get_base_layer(), parameter, file)
     start = start_of_entry(entry, target, file, 0.0)
-    here, there = (layer.rank(adapter), layer.anchor(adapter) is not None), (start.rank, start.anchor is not None)
+    here = layer.rank(adapter), layer.anchor(adapter) is not None, layer.core(adapter) is not None
+    there = start.rank, start.anchor is not None, start.core is not None
     if here != there or not math.isclose(start.scaling, layer.scaling[adapter], rel_tol=1e-9):
         raise KeyMismatch(
             f"{file.folder}: rank, scale or anchoring of {entry.path!r} is not the model's: use the same config"
@@ -179,12 +197,13 @@ def fill(model: PeftModel, adapter: str, extras: Mapping[str, Tensor]) -> None:
 
 
 def _slots(model: PeftModel, adapter: str) -> dict[str, Tensor]:
-    """Where the values beside the factors belong, by their names in the base."""
-    base = _tuner(model).model
+    """Where the values beside the factors belong, by their names in the base. No adapter replaces other weights."""
+    base, own = _tuner(model).model, f"modules_to_save.{adapter}."
+    beside = {id(tensor) for tensor in (*_tuner(model).biases().values(), *embeddings(base))}
     found: dict[str, Tensor] = {}
     for name, tensor in (*base.named_parameters(remove_duplicate=False), *base.named_buffers()):
-        if "original_module." not in name:
-            found[plain_name(name.replace(f"modules_to_save.{adapter}.", ""))] = tensor
+        if own in name or (id(tensor) in beside and "original_module." not in name):
+            found[plain_name(name.replace(own, ""))] = tensor
     return found
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import peft
@@ -12,7 +13,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
 from headstart.errors import BadOption
-from headstart.files.fields import UNSERVED
+from headstart.files.fields import UNSERVED, check_start
 from headstart.lora import matrix
 from headstart.lora.config import LoraConfig
 from headstart.lora.layers import Start
@@ -36,12 +37,40 @@ def own_config(model: nn.Module, config: LoraConfig | peft.LoraConfig) -> LoraCo
     odd = [name for name in _UNSERVED if given.get(name)]
     if odd:
         raise BadOption(f"{', '.join(odd)} of PEFT's LoraConfig is not served here: use peft.get_peft_model")
+    _check_own_options(config)
     given["target_modules"] = _targets(model, config)
     task = config.task_type
     given["task_type"] = task.value if isinstance(task, peft.TaskType) else task
     names = {f.name for f in dataclasses.fields(LoraConfig)}
     values = {name: value for name, value in given.items() if name in names}
     return LoraConfig.from_dict({n: sorted(v) if isinstance(v, set) else v for n, v in values.items()})
+
+
+def _check_own_options(config: peft.LoraConfig) -> None:
+    """PEFT has a config for each of its starts, and its defaults come by themselves: what differs was meant."""
+    for name in ("eva_config", "corda_config", "lora_ga_config", "loftq_config"):
+        said = getattr(config, name, None)
+        if isinstance(said, Mapping):  # PEFT keeps LoftQ's as a table
+            values, usual = said, vars(peft.LoftQConfig()) if name == "loftq_config" else said
+        else:
+            values, usual = ({}, {}) if said is None else (vars(said), vars(type(said)()))
+        if odd := {key: value for key, value in values.items() if value != usual.get(key)}:
+            told = ", ".join(f"{key}={value!r}" for key, value in odd.items())
+            raise BadOption(
+                f"{name} says {told}, which headstart does not read: leave it out, and give init_options instead "
+                f"(`headstart explain {name.removesuffix('_config')}` names them)"
+            )
+
+
+def check_loaded(config: peft.LoraConfig, folder: str) -> None:
+    """Before an adapter's own values are put into it: how it was started is past, unless that changed the base.
+
+    Raises:
+        AdapterFormatError: if its factors mean nothing on the original base.
+    """
+    check_start({"init_lora_weights": config.init_lora_weights}, Path(folder), ours=False)
+    if config.init_lora_weights != "mica" or config.inference_mode:  # whose B does not train
+        config.init_lora_weights = True
 
 
 def _targets(model: nn.Module, config: peft.LoraConfig) -> Any:

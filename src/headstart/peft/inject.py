@@ -15,10 +15,10 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from headstart.errors import AdapterState, UnsupportedLayer
-from headstart.lora import quantized
+from headstart.lora import matrix, quantized
 from headstart.lora.layers import Start
 from headstart.lora.targets import Target
-from headstart.peft.layers import ShellAttention, exchange
+from headstart.peft.layers import ShellAttention, ShellLayer, exchange, is_served
 
 # What PEFT warns of at injection, and what does not hold with our layers.
 _UNTRUE = (
@@ -91,6 +91,14 @@ def enter(model: nn.Module, adapter: str, starts: Sequence[tuple[Target, Start]]
         wrapper = next(occupant for occupant in occupants if occupant is not target.module)
         for parent, leaf in target.holders:
             parent._modules[leaf] = wrapper
+
+
+def adopt(model: nn.Module) -> None:
+    """Give our class to the layers that PEFT made of its own accord, so that they merge and unload as ours do."""
+    for layer in list(model.modules()):
+        if isinstance(layer, lora.LoraLayer) and not isinstance(layer, ShellLayer) and is_served(layer):
+            module, parameter = _adapted(layer)
+            exchange(layer).adopt(matrix.layout(module, parameter), parameter)
 
 
 def _adapted(layer: Any) -> tuple[nn.Module, str]:

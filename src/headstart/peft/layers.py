@@ -7,7 +7,7 @@ is headstart's; the frozen weight is never written to; a merge is rounded once a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from headstart.errors import AdapterState, NonFiniteWeight, UnsupportedLayer
 from headstart.lora import delta, matrix, quantized
 from headstart.lora.delta import Branch, NormCache
-from headstart.lora.layers import Start, attention, convolution, embedding, experts, linear
+from headstart.lora.layers import Start, attention, convolution, embedding, linear
 from headstart.lora.layers.layer import Merged
 from headstart.lora.matrix import Layout
 from headstart.lora.quantized import Recipe
@@ -29,6 +29,10 @@ Run = Callable[..., Any]
 ANCHORED = (
     "has an anchored start, and PEFT knows how to mix factors, not anchors: save the adapter, "
     "load it under another name, as plain LoRA of twice the rank, and mix that"
+)
+CORED = (
+    "trains a core between its factors, and PEFT knows how to mix factors, not cores: save the adapter, "
+    "load it under another name, as plain LoRA, and mix that"
 )
 BASED = "stands on a quantised base of its own, on which no other adapter stands: use it alone"
 
@@ -57,6 +61,7 @@ class ShellLayer(nn.Module):
     lora_dropout: Any
     lora_magnitude_vector: Any
     lora_variant: Any
+    lora_bias: dict[str, bool]
     lora_alpha: dict[str, float]
     use_dora: Any
     r: dict[str, int]
@@ -65,10 +70,7 @@ class ShellLayer(nn.Module):
 
     def enter(self, adapter: str, start: Start, layout: Layout, parameter: str) -> None:
         """Take over a start for one adapter of this layer. The layer's class was exchanged just before."""
-        if "layout" not in self.__dict__:
-            self.layout = layout
-            self.weight_name = matrix.weight_name(self.get_base_layer(), parameter)
-            self._norms, self._fixed, self._kept = {}, {}, Merged()
+        self.adopt(layout, parameter)
         for module in (self, *self.children()):
             if module is not self.base_layer:
                 module.training = self.get_base_layer().training
@@ -86,12 +88,22 @@ class ShellLayer(nn.Module):
         for name, tensor in (("base_weight", replaced.weight), ("taken_A", taken_A), ("taken_B", taken_B)):
             self.register_buffer(f"{name}_{adapter}", tensor)
         self._recipes = {**self._recipes, adapter: replaced.recipe}
-        core = None if start.core is None else nn.Parameter(start.core.detach().clone())
+        # PEFT has just set the flags of the factors: a new core's is theirs.
+        before = self.core(adapter)
+        train = (self.stored(adapter)[0] if before is None else before).requires_grad
+        core = None if start.core is None else nn.Parameter(start.core.detach().clone(), requires_grad=train)
         self.register_parameter(f"lora_core_{adapter}", core)
         if start.magnitude is not None:
             weight = self.lora_magnitude_vector[adapter].weight
             weight.data = start.magnitude.detach().clone().reshape(weight.shape)
         self._fix()
+
+    def adopt(self, layout: Layout, parameter: str) -> None:
+        """What every layer of ours knows, whoever started its adapters."""
+        if "layout" not in self.__dict__:
+            self.layout = layout
+            self.weight_name = matrix.weight_name(self.get_base_layer(), parameter)
+            self._norms, self._fixed, self._kept = {}, {}, Merged()
 
     def start(self, adapter: str) -> Start:
         """An adapter as it is now, as a start."""
@@ -192,6 +204,8 @@ class ShellLayer(nn.Module):
         """Why PEFT cannot mix an adapter with others, for a message; None where its factors alone say what it is."""
         if self.anchor(adapter) is not None:
             return f"{adapter!r} {ANCHORED}"
+        if self.core(adapter) is not None:
+            return f"{adapter!r} {CORED}"
         return f"{adapter!r} {BASED}" if self.branch_base(adapter) is not None else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -212,8 +226,17 @@ class ShellLayer(nn.Module):
         return super().forward(*args, **kwargs)
 
     def _ours(self, adapter: str) -> bool:
-        """Whether the adapter is plain LoRA or DoRA, and not one of PEFT's variants of it."""
+        """Whether the adapter is plain LoRA or DoRA, and not one of PEFT's variants, or with a bias of its own."""
+        if self.lora_bias.get(adapter):
+            return False
         return adapter not in self.lora_variant or bool(self.use_dora.get(adapter))
+
+    def unmergeable(self, adapter: str) -> str | None:
+        """Why an adapter cannot be folded into the weight, for a message; None where it can."""
+        if adapter not in self.present() or self._ours(adapter):
+            return None
+        kind = "lora_bias" if self.lora_bias.get(adapter) else type(self.lora_variant[adapter]).__name__
+        return f"{adapter!r} is not a product of two factors alone ({kind}): merge it in a model of PEFT's own"
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW as the weight is stored."""
@@ -252,17 +275,38 @@ class ShellLayer(nn.Module):
             quantized.put(self.get_base_layer(), self.weight_name, self._kept.original.pop())
         self.merged_adapters.clear()
 
+    def held(self) -> nn.Parameter:
+        """The weight as it stands in the model, merged or not."""
+        return matrix.parameter_of(self.get_base_layer(), self.weight_name)
+
+    def merged_again(self, weight: nn.Parameter, adapters: list[str]) -> None:
+        """What a merge that failed leaves: the weight that was held before, with these adapters in it."""
+        if self.held() is not weight:
+            quantized.put(self.get_base_layer(), self.weight_name, weight)
+        if not adapters:
+            self._kept.original.clear()
+        self.merged_adapters[:] = adapters
+
     def train(self, mode: bool = True) -> Any:
         self._norms.clear()
         return super().train(mode)
 
-    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
-        super().set_adapter(*args, **kwargs)  # type: ignore[misc]
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode)  # type: ignore[misc]
         self._fix()
+        for adapter in self._fixed:
+            self._train_core(adapter, adapter in self.active_adapters and not inference_mode)
 
-    def set_requires_grad(self, *args: Any, **kwargs: Any) -> None:
-        super().set_requires_grad(*args, **kwargs)  # type: ignore[misc]
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad)  # type: ignore[misc]
         self._fix()
+        for adapter in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            self._train_core(adapter, requires_grad)
+
+    def _train_core(self, adapter: str, train: bool) -> None:
+        """PEFT knows of no core."""
+        if (core := self.core(adapter)) is not None:
+            core.requires_grad_(train)
 
     def _fix(self) -> None:
         """PEFT lets both factors of an active adapter train."""
@@ -270,8 +314,6 @@ class ShellLayer(nn.Module):
             for letter, factor in zip("AB", self.stored(adapter), strict=True):
                 if letter in letters:
                     factor.requires_grad_(False)
-            if (core := self.core(adapter)) is not None:
-                core.requires_grad_(adapter in self.active_adapters)
 
     def delete_adapter(self, adapter_name: str) -> None:
         self._fixed = {name: letters for name, letters in self._fixed.items() if name != adapter_name}
@@ -345,7 +387,7 @@ class ParamWrapper(ShellLayer, lora.layer.ParamWrapper):
         if self.disable_adapters or self.merged or len(present) != 1 or kwargs.get("adapter_names") is not None:
             return super().forward(*args, **kwargs)
         path = f"{'base_layer.' * _depth(self.base_layer)}{self.parameter_name}"
-        weight = experts.effective_weight(self.layout, self.original, self.branch(present[0]))
+        weight = delta.effective_weight(self.layout, self.original, self.branch(present[0]))
         kwargs.pop("adapter_names", None)
         return torch.func.functional_call(self.base_layer, {path: weight}, args, kwargs)
 
@@ -370,6 +412,11 @@ def _shell_of(kind: type[nn.Module]) -> type[ShellLayer] | None:
     if kind not in _SHELLS and quantised and kind.__module__.startswith("peft."):
         _SHELLS[kind] = type(f"Shell{kind.__name__}", (ShellLayer, kind), {"run": staticmethod(linear.run)})
     return _SHELLS.get(kind)
+
+
+def is_served(layer: nn.Module) -> bool:
+    """Whether we have a class for one of PEFT's layers."""
+    return _shell_of(type(layer)) is not None
 
 
 def exchange(layer: nn.Module) -> ShellLayer:

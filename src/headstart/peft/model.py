@@ -13,16 +13,20 @@ from typing import Any, cast
 import peft
 from peft.utils import ModulesToSaveWrapper
 
+from headstart.errors import BadOption
 from headstart.lora.adapt import trained_biases
 from headstart.lora.config import LoraConfig
 from headstart.lora.report import InitReport
 from headstart.lora.starts import prepare
 from headstart.lora.targets import with_heads
 from headstart.peft import checkpoint
-from headstart.peft.config import own_config, peft_config
-from headstart.peft.inject import enter, injection, unwrapped
+from headstart.peft.config import check_loaded, own_config, peft_config
+from headstart.peft.inject import adopt, enter, injection, unwrapped
 from headstart.peft.layers import shell_layers
 from headstart.peft.tuner import Originals, ShellTuner
+
+# Arguments of PEFT's load_adapter that say nothing about which values are meant.
+_ELSEWHERE = ("torch_device", "autocast_adapter_dtype", "ephemeral_gpu_offload", "low_cpu_mem_usage")
 
 
 class ShellModel(peft.PeftModel):
@@ -64,7 +68,15 @@ class ShellModel(peft.PeftModel):
     ) -> Any:
         """Load an adapter; into one that headstart started, resume it: the factors and their anchors, to the bit."""
         if adapter_name not in self.init_reports:
-            return super().load_adapter(model_id, adapter_name, is_trainable=is_trainable, **kwargs)
+            self.__dict__["loading"] = str(model_id)
+            try:
+                return super().load_adapter(model_id, adapter_name, is_trainable=is_trainable, **kwargs)
+            finally:
+                del self.__dict__["loading"]
+        if odd := [name for name, value in kwargs.items() if name not in _ELSEWHERE and value is not None]:
+            raise BadOption(
+                f"{', '.join(odd)}: adapter {adapter_name!r} is resumed from a folder as it is; leave it out"
+            )
         result = checkpoint.resume(self, adapter_name, model_id)
         if not is_trainable:
             self.eval()
@@ -82,14 +94,20 @@ class ShellModel(peft.PeftModel):
                 a copy of that adapter as it is now.
         """
         source = next((name for name in self.init_reports if self.peft_config.get(name) is peft_config), None)
+        if isinstance(peft_config, peft.LoraConfig) and "loading" in self.__dict__:
+            check_loaded(peft_config, self.__dict__["loading"])
         if source is not None:
-            self._copy_adapter(source, adapter_name, *args, **kwargs)
+            self._copy_adapter(source, adapter_name)
         elif isinstance(peft_config, LoraConfig) or isinstance(getattr(peft_config, "init_lora_weights", True), str):
-            self._start_adapter(adapter_name, cast(LoraConfig, peft_config), *args, **kwargs)
+            self._start_adapter(adapter_name, cast(LoraConfig, peft_config))
+        elif getattr(peft_config, "layer_replication", None):
+            raise BadOption("layer_replication would change the model beneath the other adapters: use PEFT's own model")
         else:
             super().add_adapter(adapter_name, peft_config, *args, **kwargs)
+            adopt(self.base_model.model)
+            self.base_model.settle({}, trainable=True)
 
-    def _start_adapter(self, adapter: str, config: LoraConfig | peft.LoraConfig, *args: Any, **kwargs: Any) -> None:
+    def _start_adapter(self, adapter: str, config: LoraConfig | peft.LoraConfig) -> None:
         base = self.base_model.model
         with unwrapped(base):
             own = with_heads(base, own_config(base, config))
@@ -97,16 +115,16 @@ class ShellModel(peft.PeftModel):
             biases = trained_biases(base, starts, own)
             injected = peft_config(base, own, starts)
         with injection(self, injected):
-            super().add_adapter(adapter, injected, *args, **kwargs)
+            super().add_adapter(adapter, injected)
             enter(base, adapter, starts)
         self.base_model.settle(biases, trainable=adapter in self.active_adapters)
         self.init_reports[adapter] = report
 
-    def _copy_adapter(self, source: str, adapter: str, *args: Any, **kwargs: Any) -> None:
+    def _copy_adapter(self, source: str, adapter: str) -> None:
         config, base = self.peft_config[source], self.base_model.model
         starts = [(layer, layer.start(source)) for _, layer in shell_layers(base, source)]
         with injection(self, cast(peft.LoraConfig, config)):
-            super().add_adapter(adapter, config, *args, **kwargs)
+            super().add_adapter(adapter, config)
             for layer, start in starts:
                 layer.enter(adapter, start, layer.layout, layer.weight_name)
         for module in base.modules():

@@ -87,20 +87,26 @@ class ShellTuner(lora.LoraModel):
                 parameter.requires_grad_(flag)
             kept.asleep = []
 
+    def set_adapter(self, adapter_name: str | list[str], *args: Any, **kwargs: Any) -> None:
+        super().set_adapter(adapter_name, *args, **kwargs)
+        # While disabled: enabling lets the adapters train that are active then.
+        inner = {p for name, p in self.named_parameters() if ".lora_" in name or ".modules_to_save." in name}
+        self.originals.asleep = [(p, flag) for p, flag in self.originals.asleep if p not in inner]
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold adapters into the weights: every layer, or none.
 
         Raises:
-            NonFiniteWeight: if a factor holds NaN or infinity.
+            NonFiniteWeight: if a factor holds NaN or infinity. AdapterState: if an adapter is no product of factors.
         """
         layers = self._layers()
-        _check_finite(layers, adapter_names)
-        first = not any(layer.merged for layer in layers)
+        _check_mergeable(layers, adapter_names)
+        before = [(layer, layer.held(), list(layer.merged_adapters)) for layer in layers]
         try:
             super().merge_adapter(adapter_names, safe_merge)
         except BaseException:
-            for layer in layers if first else ():
-                layer.unmerge()
+            for layer, weight, names in before:
+                layer.merged_again(weight, names)
             raise
 
     def merge_and_unload(
@@ -166,9 +172,11 @@ class ShellTuner(lora.LoraModel):
         return [module for module in self.model.modules() if isinstance(module, ShellLayer)]
 
 
-def _check_finite(layers: Iterable[ShellLayer], adapters: Sequence[str] | None) -> None:
+def _check_mergeable(layers: Iterable[ShellLayer], adapters: Sequence[str] | None) -> None:
     for layer in layers:
         for adapter in layer.active_adapters if adapters is None else adapters:
+            if reason := layer.unmergeable(adapter):
+                raise AdapterState(reason)
             factors = layer.stored(adapter) if adapter in layer.present() else ()
             if not all(bool(torch.isfinite(factor.detach().sum())) for factor in factors):
                 raise NonFiniteWeight(f"a factor of {adapter!r} holds NaN or infinity: it cannot be merged")

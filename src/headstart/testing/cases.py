@@ -71,7 +71,8 @@ class Case:
     @cached_property
     def calibration(self) -> Calibration | None:
         """What a start that looks at data knows: of batches like the inputs, and of the same in another order."""
-        if not registry.get(self.init)[0].needs:
+        needs = registry.get(self.init)[0].needs
+        if not needs:
             return None
         seen = [self._varied(i) for i in range(4)]
 
@@ -80,7 +81,8 @@ class Case:
             found = _tensors(model(*map(self._placed, batch), **keywords))
             return torch.stack([(y.float() - 0.5).square().mean() for y in found]).sum()
 
-        found = calibrate(self.model(), self.config, seen, preserve=seen[2:], loss=loss)
+        preserve = seen[2:] if "preserved" in needs else None
+        found = calibrate(self.model(), self.config, seen, preserve=preserve, loss=loss)
         return replace(found, weights={})  # A law may change the weights under it.
 
     def _varied(self, seed: int) -> tuple[Tensor, ...]:

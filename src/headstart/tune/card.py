@@ -85,7 +85,7 @@ def write(config: RunConfig, source: Source, finished: Finished, start: str) -> 
 
 def _losses(finished: Finished) -> str:
     rows = {
-        "training, last step": finished.loss,
+        "training, last log": finished.loss,
         "held out, before": finished.held_out_before,
         "held out, after": finished.held_out_after,
     }

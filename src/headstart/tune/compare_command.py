@@ -90,7 +90,7 @@ def _progress() -> Iterator[Watch]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = TextColumn("{task.completed}/{task.total} steps"), BarColumn(), TimeRemainingColumn()
-    with Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True)) as bar:
+    with Progress(*columns, TextColumn("{task.description}", markup=False), console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=None)
 
         def watch(line: str, done: int, total: int) -> None:

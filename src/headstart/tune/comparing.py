@@ -217,6 +217,12 @@ def _optimizer(config: RunConfig) -> Callable[[nn.Module, float], Optimizer]:
     return make
 
 
+def _optimizer_in_words(config: RunConfig) -> str:
+    """With what it is set to, for this is a part of the question."""
+    own = {"lora_plus": f", ratio {config.lora_plus_ratio:g}", "preconditioned": f", damping {config.damping:g}"}
+    return f"{config.optimizer}, weight decay {config.weight_decay:g}{own.get(config.optimizer, '')}"
+
+
 def _check_folder(out: Path, command: str) -> None:
     """Refuse a folder that holds another comparison."""
     results = out / "results.json"
@@ -260,6 +266,6 @@ def _facts(question: Question, config: RunConfig, source: models.Source, rows: d
         "targets": targets,
         "rank": ", ".join(map(str, question.ranks or [config.r])),
         "dtype": config.dtype,
-        "optimizer": config.optimizer,
+        "optimizer": _optimizer_in_words(config),
         "command": question.command,
     }

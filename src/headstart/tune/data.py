@@ -72,8 +72,14 @@ def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Rows:
     """
     train, held_out = read_both(config)
     columns = find_columns(train, config)
-    shaped = [shape(part, columns, config) for part in (train, held_out) if part is not None]
-    rows = Rows(shaped[0], shaped[1] if len(shaped) > 1 else None, "the whole text", note=_unread(train, columns))
+    note = _unread(train, columns)
+    # Checked before any is drawn, so that a wrong row is named by its place in the file.
+    train = shape(train, columns, config.data)
+    if held_out is not None:
+        held_out = shape(held_out, columns, config.eval_data or config.data)
+    elif config.eval_fraction > 0:
+        train, held_out = _split(train, config)
+    rows = Rows(train, None if held_out is None else _at_most(held_out, config), "the whole text", note=note)
     if columns.kind == "messages" or config.as_chat:
         return _as_chat(rows, columns.kind, tokenizer)
     if columns.kind != "pair":
@@ -98,30 +104,31 @@ def _touching(pairs: Dataset) -> str:
 
 
 def read_both(config: RunConfig) -> tuple[Dataset, Dataset | None]:
-    """Rows to train on and rows to hold out, as they stand in the files."""
+    """Rows to train on and held-out rows of their own, where there are such, as they stand in the files."""
     if config.data == EMBEDDED:
-        return _embedded(config)
+        return _embedded()
     train = read(config.data, config.split, config.subset)
-    if config.eval_data is not None or config.eval_split is not None:
-        held_out = read(config.eval_data or config.data, config.eval_split or config.split, config.subset)
-        return train, _at_most(held_out, config)
-    if config.eval_fraction == 0:
+    if config.eval_data is None and config.eval_split is None:
         return train, None
-    count = round(len(train) * config.eval_fraction)
-    if not 0 < count < len(train):
+    return train, read(config.eval_data or config.data, config.eval_split or config.split, config.subset)
+
+
+def _split(rows: Dataset, config: RunConfig) -> tuple[Dataset, Dataset]:
+    count = round(len(rows) * config.eval_fraction)
+    if not 0 < count < len(rows):
         raise DataError(
-            f"{config.data!r} has too few rows to split: {config.eval_fraction:g} of {len(train)} is {count}; "
+            f"{config.data!r} has too few rows to split: {config.eval_fraction:g} of {len(rows)} is {count}; "
             "pass --eval-fraction 0, or --eval-data"
         )
-    parts = train.train_test_split(test_size=count, seed=config.seed)
-    return parts["train"], _at_most(parts["test"], config)
+    parts = rows.train_test_split(test_size=count, seed=config.seed)
+    return parts["train"], parts["test"]
 
 
 def _at_most(rows: Dataset, config: RunConfig) -> Dataset:
     return rows.shuffle(seed=config.seed).select(range(min(config.eval_rows, len(rows))))
 
 
-def _embedded(config: RunConfig) -> tuple[Dataset, Dataset]:
+def _embedded() -> tuple[Dataset, Dataset]:
     """The standard library's docstrings, held out by module."""
     from datasets import Dataset
 
@@ -129,7 +136,7 @@ def _embedded(config: RunConfig) -> tuple[Dataset, Dataset]:
     for pair in docstrings.pairs():
         row = {"prompt": docstrings.QUESTION.format(source=pair.source), "completion": " " + pair.sentence}
         sides[docstrings.is_held_out(pair.module)].append(row)
-    return Dataset.from_list(sides[False]), _at_most(Dataset.from_list(sides[True]), config)
+    return Dataset.from_list(sides[False]), Dataset.from_list(sides[True])
 
 
 def find_columns(rows: Dataset, config: RunConfig) -> Columns:
@@ -163,8 +170,12 @@ def find_columns(rows: Dataset, config: RunConfig) -> Columns:
     )
 
 
-def shape(rows: Dataset, columns: Columns, config: RunConfig) -> Dataset:
-    """The same rows with the trainer's column names and nothing else, every value checked."""
+def shape(rows: Dataset, columns: Columns, data: str) -> Dataset:
+    """The same rows with the trainer's column names and nothing else, every value checked.
+
+    Args:
+        data: where they come from, for the message.
+    """
     names = {"text": ("text",), "pair": ("prompt", "completion"), "messages": ("messages",)}[columns.kind]
     absent = [name for name in columns.names if name not in rows.column_names]
     if absent:
@@ -174,7 +185,7 @@ def shape(rows: Dataset, columns: Columns, config: RunConfig) -> Dataset:
         for name, value in row.items():
             wrong = _wrong_messages(value) if columns.kind == "messages" else _wrong_text(value)
             if wrong:
-                raise DataError(f"row {number} of {config.data!r}: {name!r} {wrong}")
+                raise DataError(f"row {number} of {data!r}: {name!r} {wrong}")
     # In two goes, or a swap of two names (input → prompt while prompt → ...) would collide.
     return rows.rename_columns({old: f"_{i}" for i, old in enumerate(columns.names)}).rename_columns(
         {f"_{i}": new for i, new in enumerate(names)}
@@ -193,6 +204,8 @@ def _wrong_messages(value: Any) -> str:
     for message in value:
         if not ({"role", "content"} <= set(message) or {"from", "value"} <= set(message)):
             return f"holds a message with {sorted(message)}: each needs 'role' and 'content'"
+        if message.get("content", message.get("value")) is None and not message.get("tool_calls"):
+            return "holds a message without content: mend or delete the row"
     last = [message.get("role") or message.get("from") for message in value]
     return "" if {"assistant", "gpt"} & set(last) else "has no assistant turn: nothing to learn there"
 

@@ -104,6 +104,7 @@ class Folder:
         """
         from filelock import FileLock, Timeout
 
+        stood = self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as problem:
@@ -120,7 +121,9 @@ class Folder:
         finally:
             lock.release()
             if os.listdir(self.path) == [".lock"]:  # Refused before anything was written.
-                shutil.rmtree(self.path)
+                (self.path / ".lock").unlink()
+                if not stood:
+                    self.path.rmdir()
 
     def check_space(self, size: int) -> None:
         """Refuse now what would fail when the run is done.

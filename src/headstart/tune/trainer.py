@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.optim import Optimizer
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainerState
 from trl import SFTConfig, SFTTrainer
 
 from headstart.errors import DataError, UnsupportedLayer
@@ -36,6 +36,15 @@ class Trainer(SFTTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Ours is written once, beside the finished adapter."""
+
+    def stand_at(self, checkpoint: Path) -> None:
+        """Be where a run ended whose last step this checkpoint holds: `train` would take one more."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        self.state.is_local_process_zero = self.is_local_process_zero()
+        self.state.is_world_process_zero = self.is_world_process_zero()
+        self.callback_handler.on_train_begin(self.args, self.state, self.control)
+        self.callback_handler.on_train_end(self.args, self.state, self.control)
 
 
 def build_trainer(

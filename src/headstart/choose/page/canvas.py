@@ -7,7 +7,7 @@ from xml.etree.ElementTree import Element, SubElement, tostring
 
 from headstart.choose.page.scales import Scale
 
-SERIES = 8  # colours and marks, after which they begin again
+SERIES = 8  # colours, after which they begin again, with other marks
 Point = tuple[float, float]
 
 
@@ -94,7 +94,10 @@ class Canvas:
 
 
 def outline(series: int, x: float, y: float, size: float) -> str:
-    """The mark of a series: a circle, a square, a triangle, a diamond, and so on, told apart without colour."""
+    """The mark of a series: a circle, a square, a triangle, a diamond, and so on, told apart without colour.
+
+    Where the colours begin again, each has another mark than before.
+    """
     corners = {
         1: [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
         2: [(0, -1.2), (1.1, 0.8), (-1.1, 0.8)],
@@ -104,7 +107,7 @@ def outline(series: int, x: float, y: float, size: float) -> str:
             (-0.4, 0.4), (-1.2, 0.4), (-1.2, -0.4), (-0.4, -0.4)],
         6: [(-1.2, 0), (-0.6, -1.05), (0.6, -1.05), (1.2, 0), (0.6, 1.05), (-0.6, 1.05)],
         7: [(-1.3, -0.6), (1.3, -0.6), (1.3, 0.6), (-1.3, 0.6)],
-    }.get(series % SERIES)  # fmt: skip
+    }.get((series + series // SERIES) % SERIES)  # fmt: skip
     if corners is None:
         return f"M{x - size:g},{y:g}a{size:g},{size:g} 0 1,0 {2 * size:g},0a{size:g},{size:g} 0 1,0 {-2 * size:g},0Z"
     return "M" + "L".join(f"{x + size * dx:.1f},{y + size * dy:.1f}" for dx, dy in corners) + "Z"

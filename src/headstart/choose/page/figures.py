@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
+from unicodedata import east_asian_width
 
 from headstart.choose.page.canvas import Canvas
 from headstart.choose.page.scales import Scale
@@ -21,7 +23,7 @@ def differences(results: Results, width: int) -> str:
     ends = [v for _, arm in rows for v in (arm["difference"]["low"], arm["difference"]["high"]) if v is not None]
     ends += [pair for _, arm in rows for pair in arm["difference"]["pairs"]]
     narrow = width < 500
-    left, step = (14, 62) if narrow else (150, 46)
+    left, step = (14, 62) if narrow else (196, 46)
     x = Scale.of([*ends, 0.0])
     canvas = Canvas(width, 30 + step * len(rows) + 44, x, Scale(0, len(rows)), "differences to the baseline", left)
     canvas.axes(f"loss minus that of {_short(base['name'], 20)}: left is better", "", upright=False)
@@ -181,7 +183,7 @@ def _label(canvas: Canvas, labels: list[tuple[str, float, float]]) -> None:
     taken: list[tuple[float, float, float]] = []
     for name, x, y in sorted(labels, key=lambda label: label[2]):
         text = _short(name, 22)
-        size = 8.2 * len(text)
+        size = 8.2 * sum(2 if east_asian_width(letter) in "WF" else 1 for letter in text)
         start = x + 12 if x + 12 + size < canvas.right else max(4.0, x - 12 - size)
         free = [y + 4 + step for step in (0, 16, -16, 32, -32, 48, -48, 64, 80, 96)]
         place = next((p for p in free if not any(_touch(start, size, p, other) for other in taken)), free[0])
@@ -194,4 +196,7 @@ def _touch(start: float, size: float, place: float, other: tuple[float, float, f
 
 
 def _short(name: str, most: int) -> str:
-    return name if len(name) <= most else name[: most - 1] + "…"
+    widths = [2 if east_asian_width(letter) in "WF" else 1 for letter in name]
+    if sum(widths) <= most:
+        return name
+    return name[: sum(width < most for width in accumulate(widths))] + "…"

@@ -66,7 +66,12 @@ class Comparison:
             "verdict": dataclasses.asdict(self.verdict),
             "table": self.rows,
             "arms": [_arm_dict(arm, found, self.configs[arm.name]) for arm in self.arms],
-            "plan": {**found.plan.to_dict(), "predicted_seconds": found.plan.seconds, "doubts": found.plan.doubts},
+            "plan": {
+                **found.plan.to_dict(),
+                "predicted_seconds": found.plan.seconds,
+                "doubts": found.plan.doubts,
+                "alike": found.plan.alike,
+            },
             "time": {
                 "seconds": found.seconds,
                 "share_training": found.share_training,

@@ -71,6 +71,11 @@ class Plan:
         return self.ladder(arm).cost + self.seeds * self.steps
 
     @property
+    def alike(self) -> bool:
+        """Whether all arms are searched at one cost."""
+        return len({self.ladder(arm).cost for arm in self.arms}) == 1
+
+    @property
     def seconds(self) -> float:
         """What it is predicted to take on one machine."""
         ladders = [self.ladder(arm) for arm in self.arms]

@@ -106,6 +106,11 @@ class Measured:
         runs = [o for o in self.outcomes.values() if o.get("kind") == "final" and o["arm"] == arm]
         return {run["seed"]: run for run in runs if run["value"] is not None}
 
+    def lost(self, arm: str) -> int:
+        """How many of an arm's final runs diverged or crashed."""
+        finals = (o for o in self.outcomes.values() if o.get("kind") == "final" and o["arm"] == arm)
+        return sum(run["value"] is None for run in finals)
+
     def _arm(
         self, name: str, runs: Mapping[int, Outcome], told: Difference | None, curve: Curve, goal: float | None
     ) -> Arm:

@@ -22,6 +22,7 @@ from headstart.choose.trials.order import Order, Train
 from headstart.errors import BadOption
 from headstart.lora import batches as reading
 from headstart.lora.adapt import Adapter, install, measured, remove
+from headstart.lora.calls import told
 from headstart.lora.config import LoraConfig
 from headstart.lora.layers import Start
 from headstart.lora.report import InitReport
@@ -198,8 +199,8 @@ def _train(setting: Setting, adapter: Adapter, optimizer: Optimizer, run: Run, t
         torch.manual_seed(7_919 * run.seed + step)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, run.steps)
-        value = setting.loss(setting.model, reading.moved(order[step], setting.device))
-        value = value[0] if isinstance(value, tuple) else value
+        batch = reading.moved(order[step], setting.device)
+        value, _ = told(setting.loss(setting.model, batch), reading.rows(batch))
         value.backward()
         torch.nn.utils.clip_grad_norm_(learning, CLIP)
         optimizer.step()
@@ -263,8 +264,7 @@ def evaluate(model: nn.Module, loss: Loss, batches: Sequence[Any], device: torch
     try:
         for batch in batches:
             batch = reading.moved(batch, device)
-            value = loss(model, batch)
-            value, count = value if isinstance(value, tuple) else (value, float(reading.rows(batch)))
+            value, count = told(loss(model, batch), reading.rows(batch))
             total += float(value) * count
             weight += count
     finally:

@@ -41,6 +41,8 @@ def _doubts(found: Measured) -> list[str]:
     paired = [len(arm.difference.pairs) if arm.difference else 0 for arm in found.arms[1:] if arm.rate is not None]
     if found.stopped and min(paired, default=0) < FEWEST_SEEDS:
         doubts.append(f"{found.stopped} before every arm had {FEWEST_SEEDS} finished seeds")
+    elif found.plan.seeds >= FEWEST_SEEDS and found.baseline.rate is not None and max(paired, default=0) < FEWEST_SEEDS:
+        doubts.append(f"no arm finished {FEWEST_SEEDS} seeds that {found.baseline.name} finished, too")
     if found.baseline.rate is None and not found.stopped:
         doubts.append(f"the baseline, {found.baseline.name}, has no rate at which it trains")
     return doubts
@@ -129,6 +131,14 @@ def _cautions(found: Measured) -> list[str]:
             cautions.append(f"{arm.name} diverged at {_rates(arm)}")
         if arm.crashed and arm.loss is not None:
             cautions.append(f"{arm.name}: {len(arm.crashed)} runs crashed ({arm.crashed[0]})")
+        if (lost := found.lost(arm.name)) and arm.loss is not None:
+            cautions.append(
+                f"{arm.name} did not finish {lost} of {lost + len(arm.losses)} runs at {arm.rate:.2g}: its loss is "
+                "that of the others, and may flatter it"
+            )
+    if not found.plan.alike:
+        steps = ", ".join(f"{arm.name} {found.plan.ladder(arm.name).cost}" for arm in found.arms)
+        cautions.append(f"the searches took unlike numbers of steps ({steps}): give every arm as many rates")
     cautions += [f"{name} could not begin: {error}" for name, error in found.crashed.items()]
     unsure = [arm.difference.width for arm in found.arms[1:] if arm.difference and not arm.difference.told]
     if unsure and max(unsure) > 0:

@@ -26,6 +26,7 @@ from headstart.errors import BadOption, HeadstartError
 from headstart.lora.config import LoraConfig
 
 POINTS = 100  # of a learning curve
+SAME = 0.01  # how far the base's loss may be from another machine's
 Watch = Callable[[str, int, int], None]
 
 
@@ -93,6 +94,7 @@ class Worker:
         while True:
             found = self.study.outcomes().get("plan")
             if found is not None:
+                self._check_same(found["base"]["tuning"])
                 return found
             if "plan" not in self.study.running():
                 claim = self.study.claim("plan", {})
@@ -152,10 +154,23 @@ class Worker:
         seconds: dict[str, float] = {}
         for name in ("tuning", "judging", "preserved"):
             began = time.perf_counter()
-            found[name] = self._evaluated(name)
+            found[name] = value = self._evaluated(name)
+            if value is not None and not math.isfinite(value):
+                said = f"the base's loss on the {name} batches is {value} before anything is trained"
+                raise BadOption(f"{said}: look at them, and at what loss= says it is a mean of")
             seconds[name] = time.perf_counter() - began
             self.clock.add("evaluation", seconds[name])
         return {**found, "seconds": {"tuning": seconds["tuning"], "judging": seconds["judging"] + seconds["preserved"]}}
+
+    def _check_same(self, before: float) -> None:
+        """Refuse a study of the same name whose base had another loss: its runs were of something else."""
+        with self.clock("evaluation"):
+            now = self._evaluated("tuning") or 0.0
+        if not math.isclose(now, before, rel_tol=SAME, abs_tol=1e-6):
+            raise BadOption(
+                f"what this storage holds was done with another loss, model or data: the base's loss on the tuning "
+                f"batches was {before:.6g} there and is {now:.6g} here; choose another storage, or another --out"
+            )
 
     def _evaluated(self, which: str) -> float | None:
         batches = {"tuning": self.tuning, "judging": self.judging, "preserved": self.preserved}[which]

@@ -19,6 +19,7 @@ from headstart.files.doctor.traits import (
     embeddings,
     heads,
     lacks,
+    magnitude_untold,
     magnitudes,
     no_base_name,
     not_a_start_of,
@@ -35,6 +36,8 @@ from headstart.files.doctor.traits import (
     tensors,
     unaccounted,
     uneven_kinds,
+    untargeted,
+    without_magnitude,
     without_prefix,
 )
 
@@ -191,6 +194,11 @@ RULES = (
          "convert_lora_to_gguf.py: get_tensors"),
     Rule(("lorax",), magnitudes, _DIFFERS, "DoRA's magnitudes are passed over: {found}", MERGE,
          "server/lorax_server/adapters/lora.py: map_weights_for_model", Effect.NO_MAGNITUDE),
+    Rule(("peft",), magnitude_untold, _DIFFERS, "the config says no use_dora, and the magnitudes are passed over: "
+         "{found}", "set use_dora to true in the config", "unexpected keys are passed over", Effect.NO_MAGNITUDE),
+    Rule(("peft",), without_magnitude, _DIFFERS, "the config says use_dora, and the file has no magnitudes: it takes "
+         "those of the base for {found}", "set use_dora to false in the config if it was trained without",
+         "tuners/lora/dora.py"),
     Rule(("vllm",), says("lora_bias", "alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora"),
          _REFUSES, "{found} is not served", MERGE, "lora/peft_helper.py: _validate_features"),
     Rule(("sglang", "lorax"), says("lora_bias", "alora_invocation_tokens", "layer_replication", "use_qalora"),
@@ -235,6 +243,8 @@ RULES = (
          "convert_lora_to_gguf.py"),
     Rule(("peft", "lorax"), lacks("r", "lora_alpha"), _DIFFERS, "the config has no {found}: it takes 8",
          "write it into the config", "tuners/lora/config.py"),
+    Rule(("peft",), untargeted, _DIFFERS, "the config does not target what the file has factors for, and they are "
+         "passed over: {found}", "name the layers in target_modules", "tuners/tuners_utils.py", Effect.DROPPED),
     Rule(("peft",), without_prefix, _DIFFERS, "names without 'base_model.model.' are passed over: {found}", PORTABLE,
          "utils/save_and_load.py", Effect.DROPPED),
     Rule(("lorax",), without_prefix, _DIFFERS, "names without 'base_model.model.' are passed over: {found}", PORTABLE,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from headstart.files.adapter import PREFIX
 from headstart.files.doctor.survey import Survey
+from headstart.files.peft_rules import OUTPUT
 
 Found = Sequence[str]
 When = Callable[[Survey], Found]
@@ -41,6 +42,27 @@ def unaccounted(survey: Survey) -> Found:
 
 def magnitudes(survey: Survey) -> Found:
     return [layer.path for layer in survey.layers.values() if "magnitude" in layer.keys]
+
+
+def without_magnitude(survey: Survey) -> Found:
+    """The layers whose magnitude the config promises and the file lacks."""
+    return [x.path for x in survey.layers.values() if survey.raw.get("use_dora") and "magnitude" not in x.keys]
+
+
+def magnitude_untold(survey: Survey) -> Found:
+    return [] if survey.raw.get("use_dora") else magnitudes(survey)
+
+
+def untargeted(survey: Survey) -> Found:
+    """The layers that the config's lists leave out or exclude. A stranger's regular expression is not run."""
+    targets, excluded = (survey.raw.get(name) for name in ("target_modules", "exclude_modules"))
+    every = not isinstance(targets, list) or "all-linear" in targets or survey.raw.get("target_parameters")
+    own = [x for x in survey.layers.values() if not x.path.endswith(OUTPUT)]
+    return [x.path for x in own if not (every or _listed(targets, x.name)) or _listed(excluded, x.name)]
+
+
+def _listed(entries: object, name: str) -> bool:
+    return isinstance(entries, list) and any(name == one or name.endswith(f".{one}") for one in entries)
 
 
 def other_rank_than_stated(survey: Survey) -> Found:

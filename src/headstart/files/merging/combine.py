@@ -19,7 +19,7 @@ from typing import Any
 
 from headstart.errors import BadOption, KeyMismatch, UnsupportedLayer, WrongBase
 from headstart.files.adapter import AdapterFile, few, plain_name, read_adapter, scales, write_adapter
-from headstart.files.folder import check_free, write_folder
+from headstart.files.folder import check_apart, check_free, write_folder
 from headstart.files.header import odd_names
 from headstart.files.merging.combined_file import entries_of, fields_of, pattern_names, provenance_of
 from headstart.files.merging.factors import Factors, check_alike, combined, factors_of
@@ -90,6 +90,7 @@ def combine(
     """
     check_method(method, density, rank, truncates=method in SPARSE)
     given = checked_weights(weights, len(adapters))
+    check_apart(Path(out), map(Path, adapters))
     check_free(Path(out), force)
     files = [read_adapter(path) for path in adapters]
     _check(files, given)

@@ -13,7 +13,7 @@ import torch
 
 from headstart.errors import BadOption, FileError
 from headstart.files.adapter import read_adapter
-from headstart.files.folder import check_free, write_folder
+from headstart.files.folder import check_apart, check_free, write_folder
 from headstart.files.merging import plan as planning
 from headstart.files.merging.combine import checked_weights
 from headstart.files.merging.folding import Mixture
@@ -69,7 +69,7 @@ def merge_checkpoint(
     if dtype not in WORDS:
         raise BadOption(f"dtype is {dtype!r}: choose {', '.join(WORDS)}")
     source, target = Path(base).expanduser(), Path(out).expanduser()
-    _check_apart(target, [source, *map(Path, paths)])
+    check_apart(target, [source, *map(Path, paths)])
     check_free(target, force)
     if not source.is_dir():
         raise FileError(f"{str(source)!r} is no folder: pass the one that holds config.json and the safetensors")
@@ -78,12 +78,3 @@ def merge_checkpoint(
     merging = Rewriting(planned, Mixture(method, rank, density, seed), WORDS[dtype], progress)
     write_folder(target, merging.fill, size=merging.size(), force=force)
     return merging.report()
-
-
-def _check_apart(out: Path, sources: Sequence[Path]) -> None:
-    """Refuse an output that is one of the inputs, or around one, or inside one."""
-    here = out.resolve()
-    for source in sources:
-        there = source.expanduser().resolve()
-        if here == there or here in there.parents or there in here.parents:
-            raise FileError(f"{str(out)!r} and the input {str(source)!r} are not apart: choose another --out")

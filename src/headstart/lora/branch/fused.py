@@ -82,12 +82,14 @@ def add_branch(
 
 
 def _ordinary(*tensors: Tensor) -> bool:
-    """Whether they hold plain memory: no compiler's, and of no subclass that only F.linear knows how to multiply.
+    """Whether they hold plain memory: no compiler's or functorch's, and of no subclass that only F.linear multiplies.
 
     FakeTensor counts as plain: whoever traces what a step keeps wants to see what a real one would.
     """
     plain = (Tensor, FakeTensor)
-    return not torch.compiler.is_compiling() and all(type(t.detach()) in plain and not t.is_meta for t in tensors)
+    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
+        return False
+    return all(type(t.detach()) in plain and not t.is_meta for t in tensors)
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:

@@ -86,7 +86,7 @@ def run(
         k_proj_weight=identity,
         v_proj_weight=identity,
         average_attn_weights=average_attn_weights,
-        is_causal=is_causal and attn_mask is not None,
+        is_causal=is_causal,
     )
     out = base.out_proj(out)
     return out.transpose(0, 1) if turned else out, weights

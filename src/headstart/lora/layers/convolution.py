@@ -10,25 +10,31 @@ from torch import Tensor
 
 from headstart.lora import matrix
 from headstart.lora.delta import Branch
-from headstart.lora.layers.layer import LoraLayer, frozen_output
+from headstart.lora.layers.layer import LoraLayer, frozen_output, swapped_output
 from headstart.lora.matrix import Layout
 
 
 class LoraConv(LoraLayer):
     """Shapes: x (N, n, *) → (N, m, *); lora_A (r, n/g, *k), lora_B (m, r/g, 1, …)."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if not self.active:
-            return self.base_layer(x)  # type: ignore[no-any-return]
-        return run(self.base_layer, self.layout, self.branch(), x)
+            return self.base_layer(*args, **kwargs)  # type: ignore[no-any-return]
+        return run(self.base_layer, self.layout, self.branch(), *args, **kwargs)
 
 
-def run(base: Any, layout: Layout, branch: Branch, x: Tensor) -> Tensor:
+def run(base: Any, layout: Layout, branch: Branch, *args: Any, **kwargs: Any) -> Tensor:
     """The frozen convolution and its branch."""
-    y = frozen_output(base, branch, x)
+    if matrix.runs_its_own_way(base):
+        return swapped_output(base, layout, branch, *args, **kwargs)  # type: ignore[no-any-return]
+    return _convolved(base, layout, branch, *args, **kwargs)
+
+
+def _convolved(base: Any, layout: Layout, branch: Branch, input: Tensor) -> Tensor:
+    y = frozen_output(base, branch, input)
     if branch.magnitude is not None and base.bias is not None:
         y = y - _per_channel(base, base.bias, y)
-    seen = F.dropout(x, branch.dropout) if branch.dropout else x
+    seen = F.dropout(input, branch.dropout) if branch.dropout else input
     if branch.anchor is None:
         out = _two(base, layout, seen, branch.A, branch.B)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headstart.errors import UnsupportedLayer
+from headstart.lora import matrix
 from headstart.lora.delta import Branch, difference
-from headstart.lora.layers.layer import LoraLayer, Start, frozen_output
+from headstart.lora.layers.layer import LoraLayer, Start, frozen_output, swapped_output
 from headstart.lora.matrix import Layout
 
 
@@ -29,19 +31,27 @@ class LoraEmbedding(LoraLayer):
     def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
         return self.lora_embedding_A, self.lora_embedding_B
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if not self.active:
-            return self.base_layer(ids)  # type: ignore[no-any-return]
-        return run(self.base_layer, self.layout, self.branch(), ids)
+            return self.base_layer(*args, **kwargs)  # type: ignore[no-any-return]
+        return run(self.base_layer, self.layout, self.branch(), *args, **kwargs)
 
 
-def run(base: Any, layout: Layout, branch: Branch, ids: Tensor) -> Tensor:
+def run(base: Any, layout: Layout, branch: Branch, *args: Any, **kwargs: Any) -> Tensor:
     """The frozen lookup and its branch."""
-    y = frozen_output(base, branch, ids)
+    if matrix.runs_its_own_way(base):
+        # Indices are not dropped anywhere.
+        return swapped_output(base, layout, replace(branch, dropout=0.0), *args, **kwargs)  # type: ignore[no-any-return]
+    return _looked_up(base, branch, *args, **kwargs)
+
+
+def _looked_up(base: Any, branch: Branch, input: Tensor) -> Tensor:
+    y = frozen_output(base, branch, input)
     A, B = difference((branch.A, branch.B), branch.anchor)
-    rows = F.embedding(ids, A.T, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
+    rows = F.embedding(input, A.T, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
     out = F.linear(rows.to(y.dtype), B.to(y.dtype))
-    # Gemma's embeddings multiply what they look up.
-    scale = base._buffers.get("embed_scale")
-    y = torch.add(y, out if scale is None else out * scale.to(out.dtype), alpha=branch.scaling)
+    scale = matrix.embed_scale(base)
+    if scale is not None:
+        out = out * (scale.to(out.dtype) if isinstance(scale, Tensor) else scale)
+    y = torch.add(y, out, alpha=branch.scaling)
     return y if branch.magnitude is None else y * branch.ratio().to(y.dtype)

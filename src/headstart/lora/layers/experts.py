@@ -8,11 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from headstart.lora.delta import Branch
+from headstart.lora import delta
 from headstart.lora.layers.layer import LoraLayer
-from headstart.lora.matrix import Layout
 
 
 class LoraExperts(LoraLayer):
@@ -22,21 +21,8 @@ class LoraExperts(LoraLayer):
         if not self.active:
             return self.base_layer(*args, **kwargs)
         path = f"{'base_layer.' * _depth(self.base_layer)}{self.parameter_name}"
-        weight = effective_weight(self.layout, self.weight_parameter, self.branch())
+        weight = delta.effective_weight(self.layout, self.weight_parameter, self.branch())
         return torch.func.functional_call(self.base_layer, {path: weight}, args, kwargs)
-
-
-def effective_weight(layout: Layout, weight: Tensor, branch: Branch) -> Tensor:
-    """W + ΔW, differentiable in the factors."""
-    weight = weight if branch.base is None else branch.base
-    A, B = branch.A, branch.B
-    if branch.anchor is None:
-        change = B @ A
-    else:
-        A0, B0 = branch.anchor
-        change = (B - B0) @ A + B0 @ (A - A0)
-    change = change.mT if layout.transposed else change
-    return torch.add(weight, change, alpha=branch.scaling).to(weight.dtype)
 
 
 def _depth(module: nn.Module) -> int:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from headstart.errors import AdapterState
+from headstart.errors import AdapterState, UnsupportedLayer
 from headstart.lora import delta, matrix, quantized
 from headstart.lora.delta import Branch, NormCache
 from headstart.lora.matrix import Layout, Pair
@@ -101,6 +101,7 @@ class LoraLayer(nn.Module):
         self.parameter_name = matrix.weight_name(frozen_module(base), parameter)
         self.rank, self.alpha, self.scaling, self.dropout = start.rank, start.alpha, start.scaling, start.dropout
         self.enabled = True
+        self.read = False  # see read.py
         self._norms = NormCache()
         self._merged = Merged()
         self._hold(start.A, start.B)
@@ -121,8 +122,13 @@ class LoraLayer(nn.Module):
     @property
     def plain_factors(self) -> Pair:
         """The same with the core multiplied into A: what everyone else calls A and B."""
-        core = self._parameters["lora_core"]
+        core = self.core
         return self.factors if core is None else self.layout.with_core(*self.factors, core)
+
+    @property
+    def core(self) -> nn.Parameter | None:
+        """What trains between the factors."""
+        return self._parameters["lora_core"]
 
     @property
     def anchor(self) -> Pair | None:
@@ -206,7 +212,8 @@ class LoraLayer(nn.Module):
     def unmerge(self) -> None:
         """Put the frozen weight back: the same parameter, the same bits."""
         if self._merged.original:
-            self._put(self._merged.original.pop())
+            self._put(self._merged.original[0])
+            self.forget_original()
 
     def forget_original(self) -> None:
         """Make a merge final."""
@@ -222,6 +229,8 @@ class LoraLayer(nn.Module):
         except AttributeError:
             if name == "base_layer":
                 raise
+            if name == "weight" and self.read and self.active:
+                return delta.effective_weight(self.layout, self.weight_parameter, self.branch())
             return getattr(super().__getattr__("base_layer"), name)
 
     def extra_repr(self) -> str:
@@ -239,6 +248,17 @@ def frozen_output(module: nn.Module, branch: Branch, *args: Any, **kwargs: Any) 
         return module(*args, **kwargs)  # type: ignore[no-any-return]
     swapped = {matrix.weight_name(module): branch.base}
     return torch.func.functional_call(module, swapped, args, kwargs)  # type: ignore[no-any-return]
+
+
+def swapped_output(module: nn.Module, layout: Layout, branch: Branch, *args: Any, **kwargs: Any) -> Any:
+    """What the frozen module puts out with the changed weight in its weight's place, whatever it does with it."""
+    if branch.dropout:
+        raise UnsupportedLayer(
+            f"{type(module).__name__} has a forward of its own, and its input cannot be dropped on the branch alone: "
+            "set lora_dropout=0, or exclude it"
+        )
+    weight = delta.effective_weight(layout, matrix.parameter_of(module), branch)
+    return torch.func.functional_call(module, {"weight": weight}, args, kwargs)
 
 
 def frozen_module(module: nn.Module) -> nn.Module:

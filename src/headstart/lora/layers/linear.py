@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from headstart.lora import branch as kernels
 from headstart.lora import matrix, quantized
 from headstart.lora.delta import Branch
-from headstart.lora.layers.layer import LoraLayer, frozen_output
+from headstart.lora.layers.layer import LoraLayer, frozen_output, swapped_output
 from headstart.lora.matrix import Layout
 
 _OutProjection = nn.modules.linear.NonDynamicallyQuantizableLinear
@@ -18,14 +18,15 @@ _OutProjection = nn.modules.linear.NonDynamicallyQuantizableLinear
 class LoraLinear(LoraLayer):
     """Shapes: x (…, n) → (…, m); lora_A (r, n), lora_B (m, r)."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if not self.active:
-            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
-        return run(self.base_layer, self.layout, self.branch(), x, *args, **kwargs)
+            return self.base_layer(*args, **kwargs)  # type: ignore[no-any-return]
+        return run(self.base_layer, self.layout, self.branch(), *args, **kwargs)
 
 
-def run(base: nn.Module, layout: Layout, branch: Branch, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def run(base: nn.Module, layout: Layout, branch: Branch, *args: Any, **kwargs: Any) -> Tensor:
     """The frozen layer and its branch: fused where the layer is no more than a product with its weight."""
+    x = args[0] if args else next(iter(kwargs.values()))
     A, B = layout.dense(branch.A, branch.B)
     frozen = layout.dense(*branch.anchor) if branch.anchor else None
     bias = base._parameters.get("bias")
@@ -43,7 +44,9 @@ def run(base: nn.Module, layout: Layout, branch: Branch, x: Tensor, *args: Any, 
             norm=branch.norm,
             transposed=layout.transposed,
         )
-    y = frozen_output(base, branch, x, *args, **kwargs)
+    y = frozen_output(base, branch, *args, **kwargs)
+    if not isinstance(y, Tensor) or y.shape[-1] != len(B):  # a router's scores and choice, or columns of its own beside
+        return swapped_output(base, layout, branch, *args, **kwargs)  # type: ignore[no-any-return]
     if branch.magnitude is None:
         return kernels.add_branch(y, x, A, B, branch.scaling, frozen=frozen, dropout=branch.dropout)
     y = y if bias is None else y - bias

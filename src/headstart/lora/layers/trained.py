@@ -23,6 +23,8 @@ class TrainedModule(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "trained":
+            if name in ("trained", "original_module"):
                 raise
-            return getattr(super().__getattr__("trained"), name)
+            # Whoever reads its weights instead of calling it reads those that are in use.
+            inner = "trained" if self.__dict__.get("enabled", True) else "original_module"
+            return getattr(super().__getattr__(inner), name)
