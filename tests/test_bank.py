@@ -220,6 +220,38 @@ def test_an_embedding_that_scales_what_it_looks_up(tmp_path: Path) -> None:
     assert error(mixed[::2], one(ids)[::2]) < 1e-5 < 1e-3 < error(before[::2], one(ids)[::2])
 
 
+class Numbered(nn.Embedding):
+    """As BART's: the scale is a number."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.embed_scale = 2.5
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * self.embed_scale
+
+
+class Doubled(nn.Embedding):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(2 * input)
+
+
+@torch.no_grad()
+def test_a_lookup_is_scaled_by_a_number_too_and_any_other_of_its_own_is_refused(tmp_path: Path) -> None:
+    ids = torch.randint(1, 16, (3, 5))
+    for kind in (Numbered, Doubled):
+        base = nn.Sequential(kind(32, 8))
+        hs.save(one := trained(copy.deepcopy(base), r=2, target_modules=["0"]), tmp_path / kind.__name__)
+        bank = hs.AdapterBank(base)
+        if kind is Doubled:
+            with pytest.raises(UnsupportedLayer, match="'0' is a Doubled with a forward of its own"):
+                bank.load("a", tmp_path / "Doubled")
+            continue
+        bank.load("a", tmp_path / "Numbered")
+        with bank.route(["a"] * 3):
+            assert error(base(ids), one(ids)) < 1e-5 < 1e-3 < error(Numbered.forward(base[0], ids), one(ids))
+
+
 CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "1d": (lambda: nn.Conv1d(6, 8, 3, padding=1), (6, 9)),
     "2d stride dilation": (lambda: nn.Conv2d(6, 8, 3, stride=2, dilation=2, padding="valid", bias=False), (6, 9, 9)),

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import itertools
 import socket
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from headstart.errors import (
 from headstart.inits.strategy import Factors, _registry, register
 from headstart.lora import batches as reading
 from headstart.lora.targets import targets
-from headstart.statistics import Moments, Squares
+from headstart.statistics import GradientSpectrum, Moments, Squares
 
 WIDTH = 12
 
@@ -578,6 +579,63 @@ def test_batches_may_be_named_tuples_and_loaders_of_streams() -> None:
     assert hs.calibrate(model, made, loader, loss=lambda m, b: m(b).square().mean()).batches == 3
 
 
+@dataclasses.dataclass
+class Graph:
+    x: Tensor
+
+
+def test_batches_may_be_of_a_class_of_their_own_and_hold_tuples_that_are_no_names() -> None:
+    made = hs.LoraConfig(r=2, target_modules=["0"], init_lora_weights="see_gradient")
+    model = nn.Sequential(nn.Linear(4, 2))
+    graphs, sized = [Graph(torch.ones(3, 4))], [{"x": torch.ones(3, 4), "size": torch.Size([3, 4])}]
+    for data, x in ((graphs, lambda b: b.x), (sized, lambda b: b["x"])):
+        loss = lambda m, b, x=x: m(x(b)).square().mean()  # noqa: E731
+        assert hs.calibrate(model, made, data, loss=loss).batches == 1
+
+
+def test_a_wrapper_with_the_config_of_two_sides_needs_no_encoder() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Network()
+            self.config = types.SimpleNamespace(is_encoder_decoder=True)
+
+        def forward(self, **batch: Tensor) -> Any:
+            return self.inner(**batch)
+
+    assert hs.calibrate(Wrapper(), config("see_inputs"), batches(2)).batches == 2
+
+
+def test_what_the_config_drops_rests_under_checkpointing() -> None:
+    class Dropping(nn.Module):
+        gradient_checkpointing: bool
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.config = nn.Linear(4, 4), types.SimpleNamespace(layerdrop=0.9)
+            self.gradient_checkpointing = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert not (self.training and self.config.layerdrop > 0)
+            return self.q(x)
+
+    model = Dropping()
+    made = hs.LoraConfig(r=2, target_modules=["q"], init_lora_weights="see_gradient")
+    hs.calibrate(model, made, [torch.ones(2, 4)], loss=lambda m, x: m(x).square().mean())
+    assert model.config.layerdrop == 0.9
+
+
+@pytest.mark.parametrize("reached", [(0, 1), (2, 3)])
+def test_halves_of_which_one_has_nothing_are_not_compared(reached: tuple[int, int]) -> None:
+    found = GradientSpectrum.empty(6, 5, 4, torch.Generator().manual_seed(0))
+    for i in range(4):
+        if i == 2:
+            found.split()
+        if i in reached:
+            found.add(torch.randn(8, 6), torch.randn(8, 5))
+    assert found.overlap(2) is None
+
+
 def test_a_loss_may_compare_rows() -> None:
     def preference(m: nn.Module, x: Tensor) -> Tensor:
         better, worse = m(x).chunk(2)
@@ -652,6 +710,11 @@ WRONG: dict[str, tuple[type[HeadstartError], str, dict[str, Any]]] = {
     "a loss that is a number": (CalibrationError, "loss= returned a float", {"data": batches(), "loss": as_float}),
     "a loss of every row": (CalibrationError, r"of shape \(3,\)", {"data": batches(), "loss": by_rows}),
     "data to preserve for nobody": (BadOption, "leave preserve= out", {"data": batches(), "preserve": batches()}),
+    "an option that nobody takes": (
+        BadOption,
+        r"'memory'; did you mean 'memory_limit'",
+        {"data": batches(), "memory": 1},
+    ),
     "a loss of nothing": (CalibrationError, "reaches none", {"data": batches(), "loss": lambda m, b: torch.zeros(())}),
 }
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
 import sys
 from collections.abc import Callable
@@ -20,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import headstart as hs
-from headstart.errors import AdapterState, UnsupportedLayer
+from headstart.errors import AdapterState, CalibrationError, UnsupportedLayer
 from headstart.lora.layers import LoraLayer, lora_layers
+from headstart.lora.layers.read import is_read
 from headstart.testing import fingerprint
 
 
@@ -377,3 +379,106 @@ def test_a_linear_takes_its_input_by_name_as_torch_does() -> None:
     model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(2, 4)
     hs.adapt(model, hs.LoraConfig(r=2, init_lora_weights="orthogonal"))
     assert torch.equal(model[0](input=x), model[0](x))
+
+
+@pytest.mark.parametrize("name", ["positions", "standardized"])
+def test_a_gradient_start_sees_the_gradient_of_the_weight_and_not_of_what_the_forward_made_of_it(name: str) -> None:
+    make, inputs, targets = CASES[name]
+    model = make()
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        return (model(batch) - 0.5).square().mean()
+
+    config = hs.LoraConfig(r=2, target_modules=targets, init_lora_weights="lora_one")
+    found = hs.calibrate(model, config, [inputs], loss=loss, dense=True)
+    assert all(not p.requires_grad or p.grad is None for p in model.parameters())
+    weight = model.get_parameter("layer.weight")
+    (wanted,) = torch.autograd.grad(loss(model, inputs), [weight])
+    layout = next(iter(hs.adapt(model, config, calibration=found).layers().values())).layout
+    for statistic, block in zip(found.layers["layer"]["gradient"], layout.blocks(wanted), strict=True):
+        assert torch.allclose(statistic.dense(), block, atol=1e-6 * float(wanted.abs().max()))
+
+
+class Guarded(nn.Module):
+    """As T5's: the layer is called, and its weight is asked for what it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 6)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(self.layer.weight, Tensor) and self.layer.weight is not None:
+            input = input.to(self.layer.weight.dtype)
+        return self.layer(input)
+
+
+class Wrapped(Uncalled):
+    """The weights are read within a function, a property and a static method."""
+
+    @property
+    def kernel(self) -> Tensor:
+        return self.convolution.weight.data
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = (lambda x: F.linear(x, self.layer.weight, self.layer.bias))(input)
+        return F.conv1d(y.mT, self.kernel, self.convolution.bias, groups=2)
+
+
+def test_a_weight_counts_as_read_where_its_values_are() -> None:
+    for model, leaf, expected in (
+        (Guarded(), "layer", False),
+        (Wrapped(), "layer", True),
+        (Wrapped(), "convolution", True),
+        (Uncalled(), "layer", True),
+        (Uncalled(), "convolution", True),
+        (Model(nn.Linear(4, 6)), "layer", False),
+    ):
+        assert is_read(model.get_submodule(leaf), [(model, leaf)]) == expected, (model, leaf)
+
+
+def test_a_decorator_that_is_no_function_is_passed_over() -> None:
+    class Decorated(Guarded):
+        @functools.wraps(functools.partial(print))
+        def forward(self, input: Tensor) -> Tensor:
+            return self.layer(input)
+
+    model = Decorated()
+    hs.adapt(model, hs.LoraConfig(r=2, target_modules=["layer"]))
+    assert model(ROWS).shape == (2, 5, 6)
+
+
+def test_gradients_of_what_a_model_reads_are_those_of_the_weight() -> None:
+    model = Uncalled()
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        return (model(batch) - 0.5).square().mean()
+
+    config = hs.LoraConfig(r=2, target_modules=["layer"], init_lora_weights="lora_one")
+    found = hs.calibrate(model, config, [ROWS], loss=loss, dense=True).layers["layer"]["gradient"][0]
+    (wanted,) = torch.autograd.grad(loss(model, ROWS), [model.layer.weight])
+    assert torch.allclose(found.dense(), wanted, atol=1e-6 * float(wanted.abs().max()))
+
+
+def test_a_gradient_start_refuses_a_layer_that_puts_out_more_than_rows() -> None:
+    config = hs.LoraConfig(r=2, target_modules=["layer"], init_lora_weights="lora_one")
+    with pytest.raises(CalibrationError, match="'layer' puts out a tuple"):
+        hs.calibrate(Model(Router(4, 3)), config, [ROWS], loss=lambda m, x: m(x).square().mean())
+
+
+def test_a_scaled_lookup_that_has_rows_of_its_own_is_not_only_scaled() -> None:
+    """As T5Gemma2's, which puts a parameter into the rows of one token."""
+
+    class Replaced(Scaled):
+        def __init__(self) -> None:
+            super().__init__(11, 6)
+            self.embed_scale, self.own = 3.0, nn.Parameter(torch.full((6,), 9.0))
+
+        def forward(self, input: Tensor) -> Tensor:
+            return torch.where((input == 2)[..., None], self.own, super().forward(input))
+
+    model = Model(Replaced())
+    hs.adapt(model, hs.LoraConfig(r=2, target_modules=["layer"], init_lora_weights="random"))
+    y = model(ids := torch.arange(11)[None]).detach()
+    assert torch.equal(y[0, 2], torch.full((6,), 9.0))
+    hs.merge(model)
+    torch.testing.assert_close(model(ids), y)

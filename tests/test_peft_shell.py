@@ -952,10 +952,11 @@ def test_a_folder_without_its_cores_is_loaded_but_not_trained(llama: Callable[[]
     mine = (tmp_path / CORES).read_bytes()
     (tmp_path / CORES).write_bytes((tmp_path / "other" / CORES).read_bytes())
     with pytest.raises(KeyMismatch, match="another core"):
-        from_pretrained(llama(), tmp_path)
+        from_pretrained(llama(), tmp_path, is_trainable=True)
+    torch.testing.assert_close(logits(from_pretrained(llama(), tmp_path)), wanted)
     (tmp_path / CORES).write_bytes(mine[:-4])
     with pytest.raises(hs.HeadstartError, match=CORES):
-        from_pretrained(llama(), tmp_path)
+        from_pretrained(llama(), tmp_path, is_trainable=True)
     (tmp_path / CORES).unlink()
     torch.testing.assert_close(logits(from_pretrained(llama(), tmp_path)), wanted)
     before = fingerprint(model)
@@ -967,6 +968,36 @@ def test_a_folder_without_its_cores_is_loaded_but_not_trained(llama: Callable[[]
         with pytest.raises(KeyMismatch, match=CORES):
             attempt()
     assert fingerprint(model) == before
+
+
+def test_a_core_counts_wherever_the_adapter_is_read(llama: Callable[[], Any], tmp_path: Path) -> None:
+    model = moved(with_core(llama()))
+    wanted = logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    base = llama()
+    before = logits(base)
+    assert not torch.allclose(wanted, before, atol=1e-3)
+    bank = hs.AdapterBank(base)
+    bank.load("a", tmp_path / "adapter")
+    with bank.route(["a"] * len(IDS)):
+        torch.testing.assert_close(logits(base), wanted)
+    bank.close()
+    base.save_pretrained(tmp_path / "base")
+    hs.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    torch.testing.assert_close(logits(type(base).from_pretrained(tmp_path / "merged")), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_core_of_a_half_precision_adapter_goes_on_training(llama: Callable[[], Any], tmp_path: Path) -> None:
+    adapter = hs.load(llama(), saved(moved(with_core(llama())), tmp_path / "one"), trainable=True)
+    hs.save(adapter.model.to(torch.bfloat16), tmp_path / "half")
+    assert trained(hs.load(llama().to(torch.bfloat16), tmp_path / "half", trainable=True).model) == 2 * 2 * 2
+    hs.save(adapter.model, tmp_path / "small", rank=1)
+    assert trained(hs.load(llama(), tmp_path / "small", trainable=True).model) > 0
+
+
+def saved(model: ShellModel, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    return folder
 
 
 def test_a_core_is_never_forgotten_in_a_mixture(llama: Callable[[], Any]) -> None:

@@ -130,6 +130,12 @@ def test_a_base_that_is_no_rate_is_refused(base: float) -> None:
         hs.adapt(model(), hs.LoraConfig(r=2)).learning_rate(base)
 
 
+@pytest.mark.parametrize("steps", [0, -5, 1.5, True])
+def test_a_run_of_no_such_number_of_steps_is_refused(steps: Any) -> None:
+    with pytest.raises(BadOption, match="steps is"):
+        hs.adapt(model(), hs.LoraConfig(r=2)).learning_rate(steps=steps)
+
+
 def test_a_start_that_moves_nothing_at_any_rate_has_plain_lora_s() -> None:
     model = nn.Sequential(nn.Linear(16, 16))
     assert hs.adapt(model, hs.LoraConfig(r=4, lora_alpha=0)).learning_rate(base=1e-3) == 1e-3

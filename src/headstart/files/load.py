@@ -42,7 +42,7 @@ def load(model: nn.Module, path: str | Path, *, trainable: bool = False, strict:
     file = read_adapter(path)
     if trainable:
         cores.check_trains(file)
-    plan = plan_load(model, file, strict)
+    plan = plan_load(model, file, strict, apart=trainable)
     adapter = adapt.install(model, plan.config, plan.starts, plan.report)
     _fill(adapter, plan.extras)
     if not trainable:
@@ -61,8 +61,12 @@ class Plan:
     report: InitReport
 
 
-def plan_load(model: nn.Module, file: AdapterFile, strict: bool = True) -> Plan:
-    """Check a file against a plain model. Changes nothing."""
+def plan_load(model: nn.Module, file: AdapterFile, strict: bool = True, apart: bool = False) -> Plan:
+    """Check a file against a plain model. Changes nothing.
+
+    Args:
+        strict: whether it must be of this base, and complete. apart: as in `start_of_entry`.
+    """
     config = config_of(file, [name for name, _ in model.named_modules()])
     sites, holders = sites_of(model, file), holders_of(model)
     starts = []
@@ -72,7 +76,7 @@ def plan_load(model: nn.Module, file: AdapterFile, strict: bool = True) -> Plan:
     for entry in sorted(entries, key=lambda entry: -entry.path.count("base_layer.")):
         path = entry.path
         target = target_of(entry, *sites[path], file, holders[sites[path][0]])
-        starts.append((target, start_of_entry(entry, target, file, config.lora_dropout)))
+        starts.append((target, start_of_entry(entry, target, file, config.lora_dropout, apart)))
     if strict:
         _check_complete(model, {module for module, _ in sites.values()}, file)
         held = {path for path, site in sites.items() if quantized.is_quantized(matrix.parameter_of(*site))}
@@ -157,8 +161,11 @@ def target_of(entry: Entry, module: nn.Module, parameter: str, file: AdapterFile
     return Target(name, module, holders, parameter, layout, rank, scaling * rank, scaling)
 
 
-def start_of_entry(entry: Entry, target: Target, file: AdapterFile, dropout: float) -> Start:
+def start_of_entry(entry: Entry, target: Target, file: AdapterFile, dropout: float, apart: bool = False) -> Start:
     """The start that an entry holds, its anchors apart again.
+
+    Args:
+        apart: whether a core is to stand between the factors, as it does where it goes on training; else R·A is A.
 
     Raises:
         KeyMismatch: if its shapes are not those of the target.
@@ -176,8 +183,8 @@ def start_of_entry(entry: Entry, target: Target, file: AdapterFile, dropout: flo
         anchor = target.layout.pack([anchors for _, anchors in halves])
     device = torch.device("cpu") if weight.is_meta else weight.device
     magnitude, core = entry.magnitude, None
-    if (apart := cores.core_of(entry.path, file, target.layout, A, B)) is not None:
-        A, core = apart
+    if apart and (found := cores.core_of(entry.path, file, target.layout, A, B)) is not None:
+        A, core = found
     return Start(
         A=_factor(A, device),
         B=_factor(B, device),

@@ -61,10 +61,13 @@ def save(model: nn.Module, path: str | Path, *, rank: int | None = None) -> dict
     entries = outputs_scaled({name: entry for name, (entry, _) in found.items()}, _attentions(layers), 0.5)
     config = {**_fields(adapter, layers), **scales(entries, _pattern_names(layers))}
     origin = _provenance(adapter.report, layers, truncated=rank is not None)
-    if misread := [n for n, layer in layers.items() if _is_misread(frozen_module(layer), config["use_dora"])]:
+    if misread := [
+        n for n, layer in layers.items() if layer.read or _is_misread(frozen_module(layer), config["use_dora"])
+    ]:
         warnings.warn(
-            "PEFT ignores dilation and padding_mode, groups under DoRA, and a forward of the layer's own: it will "
-            f"compute something else for {few(misread)}. Load this adapter with headstart, or merge it",
+            "PEFT ignores dilation and padding_mode, groups under DoRA, a forward of the layer's own, and that a model "
+            f"reads a weight: it will compute something else for {few(misread)}. Load this adapter with headstart, or "
+            "merge it",
             stacklevel=2,
         )
     if said := quantized_base.warning(_bases(layers)):
@@ -183,7 +186,10 @@ def _provenance(report: InitReport, layers: Mapping[str, LoraLayer], truncated: 
     return provenance(
         report,
         anchored={} if truncated else {n: layer.rank for n, layer in layers.items() if layer.anchor is not None},
-        frozen={n: letters for n, layer in layers.items() if (letters := _frozen(layer))},
+        # Truncated, what was between frozen factors is plain LoRA.
+        frozen={
+            n: f for n, layer in layers.items() if (f := _frozen(layer)) and not (truncated and layer.core is not None)
+        },
         weights={n: layer.original_values for n, layer in layers.items()},
         bases=_bases(layers),
         parts={n: spans for n, layer in layers.items() if (spans := _ranges(layer))},

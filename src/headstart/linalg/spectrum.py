@@ -24,7 +24,7 @@ class Certificate:
 
     Attributes:
         residual: the largest ‖Wᵀuᵢ − sᵢvᵢ‖/sᵢ or ‖Wvᵢ − sᵢuᵢ‖/sᵢ over the triplets that are not zero; where `niter`
-            says how far to go, an estimate: what it was before the last block of directions.
+            says how far to go, mostly an estimate: what it was before the last block of directions.
         error: an estimate of the largest relative error of a singular value.
         energy: the share of ‖W‖² (Frobenius) that the triplets hold; None where W is known by products alone.
         energy_loss: an estimate of what they miss of the k best triplets' energy, as a share of it.

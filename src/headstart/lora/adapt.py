@@ -7,6 +7,7 @@ leaves the model as it was, to the bit.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from headstart.errors import (
     AdapterState,
     BadOption,
     MissingStatistic,
+    nearest,
 )
 from headstart.lora import matrix, quantized
 from headstart.lora.calibrate import calibrate
@@ -191,6 +193,9 @@ def measured(
     Raises:
         BadOption: if it is given what it does not look at. MissingStatistic: if it is given nothing.
     """
+    known = inspect.signature(calibrate).parameters
+    if unknown := [name for name in options if name not in known]:
+        raise BadOption(f"nothing here takes an option {unknown[0]!r}{nearest(unknown[0], known)}")
     needs = config.strategy.needs
     if not needs:
         if data is not None or calibration is not None or options:
@@ -218,7 +223,7 @@ def install(
     for target, start in starts:
         base = occupants.get(target.module, target.module)
         around = wrap(base, target.layout, start, target.parameter)
-        around.read = target.parameter == "weight" and any(is_read(*place) for place in target.holders)
+        around.read = target.parameter == "weight" and is_read(target.module, target.holders)
         occupants[target.module] = around
         wrapped.append((target.holders, base, around))
     wrapped += _trained_modules(model, config)

@@ -27,7 +27,7 @@ def moved(batch: Any, device: torch.device) -> Any:
 
 def _like(batch: Any, values: list[Any]) -> Any:
     """A list or a tuple of other values; a named tuple takes them one by one."""
-    return type(batch)(*values) if isinstance(batch, tuple) and type(batch) is not tuple else type(batch)(values)
+    return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
 
 
 def first_row(batch: Any) -> Any:
@@ -49,7 +49,7 @@ def tensors(batch: Any) -> list[Tensor]:
 
 
 def check(batch: Any) -> None:
-    """Refuse a row of a dataset where a model is to be given a batch.
+    """Refuse a row of a dataset where a model is to be given a batch. What is of a class of its own, the model knows.
 
     Raises:
         CalibrationError: if it holds no tensor, or token ids of one dimension.
@@ -66,7 +66,9 @@ def check(batch: Any) -> None:
 def _holds_tensor(batch: Any) -> bool:
     if isinstance(batch, Mapping):
         return any(map(_holds_tensor, batch.values()))
-    return any(map(_holds_tensor, batch)) if isinstance(batch, tuple | list) else isinstance(batch, Tensor)
+    if isinstance(batch, tuple | list):
+        return any(map(_holds_tensor, batch))
+    return type(batch).__module__ not in ("builtins", "numpy")
 
 
 def rows(batch: Any) -> int:

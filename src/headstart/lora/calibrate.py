@@ -268,7 +268,7 @@ def _of_lookup(embedding: nn.Embedding, rows: int, ids: Tensor, D: Tensor) -> Te
     G = D.new_zeros(rows, D.shape[1]).index_add_(0, ids, D)
     scale = matrix.embed_scale(embedding)
     if scale is not None:
-        G *= float(scale)
+        G.mul_(scale)
     if embedding.padding_idx is not None:
         G[embedding.padding_idx] = 0
     return G

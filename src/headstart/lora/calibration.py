@@ -40,6 +40,7 @@ class Calibration:
     loss: float | None = None
     seconds: float = 0.0
     weights: Fingerprint = field(default_factory=dict)
+    _moved: dict[str, tuple[Any, Any]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def check_is_of(self, targets: Iterable[Target]) -> None:
         """Refuse another model, whose layers have the same names and sizes.
@@ -71,14 +72,24 @@ class Calibration:
                 raise MissingStatistic(
                     f"the calibration holds no {need!r} ({NAMES[need]}): calibrate for this init too"
                 )
-        known = {need: _on(found[need][block], weight.device) for need in needs}
+        known = {need: self._on(need, found[need][block], weight.device) for need in needs}
         for need, statistic in known.items():
             _check_fits(name, need, statistic, weight)
         return known
 
+    def _on(self, need: str, statistic: Any, device: torch.device) -> Any:
+        """A statistic where the weight is: one that was loaded lies on the CPU. Layers in a row share it."""
+        if device.type == "meta" or all(tensor.device == device for tensor in tensors(statistic)):
+            return statistic
+        known, there = self._moved.get(need, (None, None))
+        if known is not statistic or tensors(there)[0].device != device:
+            there = _on(statistic, device)
+            self._moved[need] = statistic, there
+        return there
+
     def facts(self) -> dict[str, Any]:
         """What the init report says about the data."""
-        return {name: value for name, value in vars(self).items() if name not in ("layers", "weights")}
+        return {name: value for name, value in vars(self).items() if name not in ("layers", "weights", "_moved")}
 
     @property
     def bytes(self) -> int:
@@ -180,9 +191,6 @@ def tensors(statistic: Any) -> list[Tensor]:
 
 
 def _on(statistic: Any, device: torch.device) -> Any:
-    """A statistic where the weight is: one that was loaded lies on the CPU."""
-    if device.type == "meta" or all(tensor.device == device for tensor in tensors(statistic)):
-        return statistic
     moved = {name: _moved(value, device) for name, value in _state(statistic).items()}
     fresh: dict[str, Any] = {"known": {}} if isinstance(statistic, Moments) else {}
     return replace(statistic, **moved, **fresh)

@@ -260,15 +260,16 @@ def is_linear(module: nn.Module) -> bool:
 def runs_its_own_way(module: nn.Module) -> bool:
     """Whether a lookup or a convolution has a forward of its own: it offsets, pads, normalises, … as it likes.
 
-    No branch beside it follows that. A lookup that is only scaled (`embed_scale`) is none of these.
+    No branch beside it follows that. A lookup that is only scaled (`embed_scale`) is none of these; one that has other
+    parameters too puts them into its rows.
     """
     kind = next((k for k in (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(module, k)), None)
     if kind is None or type(module).forward is kind.forward or quantized.is_quantized(module._parameters["weight"]):
         return False
-    return not isinstance(module, nn.Embedding) or embed_scale(module) is None
+    return not isinstance(module, nn.Embedding) or embed_scale(module) is None or len(module._parameters) > 1
 
 
-def embed_scale(module: nn.Embedding) -> Tensor | float | None:
+def embed_scale(module: nn.Module) -> Tensor | float | None:
     """What a lookup multiplies its rows with, as Gemma's (a buffer) and BART's (a number) do."""
     scale: Tensor | float | None = module._buffers.get("embed_scale", module.__dict__.get("embed_scale"))
     return scale

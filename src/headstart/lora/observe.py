@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from headstart.errors import CalibrationError
 from headstart.lora import matrix
+from headstart.lora.layers.read import is_read
 from headstart.lora.targets import Target
 
 Take = Callable[[str, Tensor, Tensor], None]
@@ -71,10 +72,13 @@ _tap: Callable[..., Tensor] = _Tap.apply
 def is_called(target: Target) -> bool:
     """Whether the layer is called as a module, so that its input and output can be seen.
 
-    An attention projects within itself, its output projection included, and a bare parameter is anyone's.
+    An attention projects within itself, its output projection included; a layer with a forward of its own may change
+    what it is given, or its weight; some are read and never called; and a bare parameter is anyone's.
     """
+    if target.parameter != "weight" or matrix.runs_its_own_way(target.module):
+        return False
     inside = isinstance(target.module, nn.MultiheadAttention | nn.modules.linear.NonDynamicallyQuantizableLinear)
-    return target.parameter == "weight" and not inside
+    return not inside and not is_read(target.module, target.holders)
 
 
 class Observer:
@@ -125,6 +129,10 @@ class Observer:
                     self.on_input(name, x.detach())
             if self.on_gradient is None or not torch.is_grad_enabled():
                 return None
+            if not isinstance(y, Tensor):
+                raise CalibrationError(
+                    f"layer {name!r} puts out a {type(y).__name__}, whose gradient is not one of its rows: exclude it"
+                )
             take = self.on_gradient
             return _tap(y, x, self._live.to(y.device), lambda x, dy: take(name, x, dy))
 
@@ -192,12 +200,17 @@ def _rest(model: nn.Module) -> None:
         module.training = True
 
 
-def _rates(model: nn.Module) -> list[tuple[nn.Module, str, float]]:
-    """What checkpointed modules drop by themselves, without a Dropout below them: hidden states, or whole layers."""
+def _rates(model: nn.Module) -> list[tuple[Any, str, float]]:
+    """What checkpointed modules drop by themselves, without a Dropout below them: hidden states, or whole layers.
+
+    Some keep the rate, others ask their config.
+    """
+    training = _checkpointed(model)
+    owners = {id(owner): owner for module in training for owner in (module, module.__dict__.get("config"))}
     return [
-        (module, name, value)
-        for module in _checkpointed(model)
-        for name, value in vars(module).items()
+        (owner, name, value)
+        for owner in owners.values()
+        for name, value in getattr(owner, "__dict__", {}).items()
         if "drop" in name and isinstance(value, float)
     ]
 

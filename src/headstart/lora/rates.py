@@ -28,6 +28,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from headstart.errors import BadOption
+
 if TYPE_CHECKING:
     from torch import Tensor
     from typing_extensions import Self
@@ -130,10 +132,15 @@ def width(reaches: Iterable[Reach]) -> float:
 def travelled(steps: int | None = None) -> float:
     """How far an entry gets in a run of so many steps, in steps of the peak rate.
 
+    Raises:
+        BadOption: if there is no such number of steps.
+
     Example:
         >>> travelled(40), travelled(10_000), travelled()
         (8.0, 16.0, 12.0)
     """
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+        raise BadOption(f"steps is {steps!r}: choose the optimizer steps of the run, an integer of at least 1")
     return TRAVEL if steps is None else min(max(steps / STEPS_PER_TRAVEL, NEAREST), FURTHEST)
 
 

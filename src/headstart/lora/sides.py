@@ -20,8 +20,9 @@ class Sides:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        owner: Any = model
-        self._encoder: nn.Module | None = owner.get_encoder() if reading.is_two_sided(model) else None
+        found = getattr(model, "get_encoder", None)
+        encoder = found() if callable(found) and reading.is_two_sided(model) else None
+        self._encoder: nn.Module | None = None if encoder is model else encoder
         self._within = set() if self._encoder is None else set(self._encoder.modules())
         self._encoded: Tensor | None = None
         self._masks: tuple[Tensor | None, Tensor | None] = None, None

@@ -93,7 +93,7 @@ def from_pretrained(
     file = read_adapter(path)
     if is_trainable:
         check_trains(file)
-    plan = plan_load(model, file)
+    plan = plan_load(model, file, apart=is_trainable)
     wrapped = _inject(model, plan.config, plan.starts, plan.report, adapter_name, inference=not is_trainable)
     fill(wrapped, adapter_name, plan.extras)
     return wrapped if is_trainable else wrapped.eval()

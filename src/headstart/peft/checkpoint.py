@@ -65,12 +65,13 @@ def save(
     bases = {name: (b, partial(layer.frozen_values, adapter)) for name, layer, b in found_bases if b is not None}
     if said := quantized_base.warning(bases):
         warnings.warn(said, stacklevel=3)
-    gathered = {} if rank else {name: _gathered(name, layer, adapter, state) for name, layer in layers.items()}
+    cored = [name for name, layer in layers.items() if layer.core(adapter) is not None]
+    gathered = {} if rank else {name: _gathered(name, layers[name], adapter, state) for name in cored}
     apart = {name: (A, core) for name, (A, _, core) in gathered.items() if core is not None}
     origin = provenance(
         report,
         anchored={} if rank else anchored,
-        frozen={name: letters for name, layer in layers.items() if (letters := layer.frozen(adapter))},
+        frozen={n: f for n, layer in layers.items() if (f := layer.frozen(adapter)) and not (rank and n in cored)},
         weights={name: layer.original_values for name, layer in layers.items()},
         bases=bases,
         cores=list(apart),
@@ -178,7 +179,7 @@ def _start(layer: ShellLayer, file: AdapterFile, entry: Entry, adapter: str) -> 
     """What the file holds for a layer, checked against what the layer is."""
     parameter = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
     target = target_of(entry, layer.get_base_layer(), parameter, file)
-    start = start_of_entry(entry, target, file, 0.0)
+    start = start_of_entry(entry, target, file, 0.0, apart=True)
     here = layer.rank(adapter), layer.anchor(adapter) is not None, layer.core(adapter) is not None
     there = start.rank, start.anchor is not None, start.core is not None
     if here != there or not math.isclose(start.scaling, layer.scaling[adapter], rel_tol=1e-9):

@@ -104,7 +104,11 @@ class ShellModel(peft.PeftModel):
             raise BadOption("layer_replication would change the model beneath the other adapters: use PEFT's own model")
         else:
             super().add_adapter(adapter_name, peft_config, *args, **kwargs)
-            adopt(self.base_model.model)
+            try:
+                adopt(self.base_model.model)
+            except BaseException:
+                self.delete_adapter(adapter_name)
+                raise
             self.base_model.settle({}, trainable=True)
 
     def _start_adapter(self, adapter: str, config: LoraConfig | peft.LoraConfig) -> None:

@@ -88,12 +88,18 @@ class GradientSpectrum:
 
     def split(self) -> None:
         """Remember what half of the data gave, at half the rank and half the precision, for `overlap`."""
+        self.first = self._half()
+
+    def _half(self) -> tuple[Tensor, Tensor]:
         kept = max(1, len(self.S) // 2)
-        self.first = (self.U * self.S)[:, :kept].bfloat16(), self.V[:, :kept].bfloat16()
+        return (self.U * self.S)[:, :kept].bfloat16(), self.V[:, :kept].bfloat16()
 
     def overlap(self, rank: int) -> float | None:
-        """How much of one half's top-r subspaces the other half's share, from 0 to 1: the noise of this gradient."""
-        if self.first is None:
+        """How much of one half's top-r subspaces the other half's share, from 0 to 1: the noise of this gradient.
+
+        None where the layer was reached in one of the halves alone.
+        """
+        if self.first is None or not self.first[0].any() or torch.equal(self.first[0], self._half()[0]):
             return None
         first, V = (half.float() for half in self.first)
         rank = min(rank, first.shape[1], int((self.S / self.S[0].clamp_min(1e-30)).gt(1e-5).sum()))

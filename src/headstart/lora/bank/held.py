@@ -20,6 +20,7 @@ from headstart.errors import UnsupportedLayer
 from headstart.lora import delta, matrix
 from headstart.lora.delta import Branch, NormCache
 from headstart.lora.layers import Start
+from headstart.lora.layers.read import is_read
 from headstart.lora.matrix import Layout
 from headstart.lora.targets import Target
 
@@ -98,6 +99,10 @@ def _check(model: nn.Module, target: Target, start: Start) -> None:
         reason = "is an nn.MultiheadAttention, which reads its weight without calling a layer"
     elif "experts" in target.name.split("."):
         reason = "is an expert, which sees the tokens that a router sends it and not the rows of the batch"
+    elif matrix.runs_its_own_way(module):
+        reason = f"is a {type(module).__name__} with a forward of its own, which a branch beside it does not follow"
+    elif is_read(module, target.holders):
+        reason = "has a weight that the model reads, and rows are routed where a layer is called"
     elif isinstance(module, nn.Embedding) and module.max_norm is not None:
         reason = "is an Embedding with max_norm, which writes to its weight in every forward"
     elif around := next((m for m in _around(model, target.name) if isinstance(m, _READERS)), None):

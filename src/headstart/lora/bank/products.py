@@ -113,9 +113,8 @@ def _down(one: Bundle, x: Tensor, dtype: torch.dtype) -> Tensor:
 def _looked_up(site: Site, one: Bundle, ids: Tensor) -> Tensor:
     picked = one.pick(ids).reshape(len(one.B), -1)
     h = torch.stack([F.embedding(own, table) for own, table in zip(picked, one.A, strict=True)]).to(one.B.dtype)
-    # Gemma's embeddings multiply what they look up.
-    scale = site.module._buffers.get("embed_scale")
-    return h if scale is None else h * scale.to(h.dtype)
+    scale = matrix.embed_scale(site.module)
+    return h if scale is None else h * (scale.to(h.dtype) if isinstance(scale, Tensor) else scale)
 
 
 def _conv(site: Site, one: Bundle, x: Tensor) -> Tensor:
