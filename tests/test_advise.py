@@ -487,6 +487,15 @@ def test_facts_that_cannot_be_meant(facts: dict[str, Any], error: type[Headstart
         advise("./gone", timed=False)
 
 
+def test_names_may_be_a_set() -> None:
+    fields: dict[str, Any] = {
+        "target_modules": {"v_proj", "q_proj"},
+        "exclude_modules": {"model.layers.0.self_attn.v_proj"},
+    }
+    as_set = advise(LLAMA, timed=False, **fields)
+    assert as_set.best.yaml == advise(LLAMA, timed=False, **{n: sorted(v) for n, v in fields.items()}).best.yaml
+
+
 # --- the look at the data
 
 
@@ -523,10 +532,11 @@ def test_every_kind_of_file_is_counted(name: str, text: str, rows: int, tmp_path
     assert (found.rows, found.exact) == (rows, True)
 
 
-@pytest.mark.parametrize("shape", ["array", "object", "lines"])
+@pytest.mark.parametrize("shape", ["array", "object", "noted", "lines"])
 def test_a_large_json_file_is_counted_by_its_part(shape: str, tmp_path: Path) -> None:
     rows = [json.dumps({"text": "x" * 1000})] * 9000
-    before, after = {"array": ("[", "]"), "object": ('{"version": "1", "data": [', "]}"), "lines": ("", "")}[shape]
+    shapes = {"array": ("[", "]"), "object": ('{"version": "1", "data": [', "]}"), "lines": ("", "")}
+    before, after = {**shapes, "noted": ('\n{"see": "[1]", "by": {"a": [2]}, "data": [', "]}")}[shape]
     (tmp_path / "a.json").write_text(before + ("\n" if shape == "lines" else ", ").join(rows) + after)
     found = look(str(tmp_path / "a.json"))
     assert not found.exact
@@ -570,6 +580,8 @@ def test_a_row_may_hold_what_else_ends_lines(inside: str, tmp_path: Path) -> Non
         ("a.jsonl", "", "holds no rows"),
         ("a.json", "{", "cannot read"),
         ("a.json", "null", "no list of rows"),
+        pytest.param("a.json", "{}" + "\n" * 100_000 + "x", "cannot read", id="an object, then many empty lines"),
+        pytest.param("a.json", '[{"text": "' + "x" * 2_000_000 + '"}, {"te', "cannot read", id="large and broken"),
         ("a.jsonl", "[" * 3000 + "]" * 3000, "cannot read"),
         ("a.jsonl", '{"text": ""}\n{"text": ""}\n', "holds no text"),
         ("a.jsonl", '{"a": 1}\n', "holds no text"),

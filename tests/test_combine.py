@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -324,7 +325,7 @@ def test_what_does_not_go_together_is_named(net: nn.Module, pair: list[Path], tm
     hs.combine(pair, tmp_path / "out", force=True)
 
 
-@pytest.mark.parametrize("place", [".", "one", "one/inside"])
+@pytest.mark.parametrize("place", [".", "one"])
 def test_an_output_that_would_replace_an_input_is_refused(place: str, net: nn.Module, tmp_path: Path) -> None:
     around = adapter(net, tmp_path / "run", 1)  # An adapter with its checkpoints in folders of its own.
     inputs = [adapter(net, around / name, seed) for seed, name in enumerate(("one", "two"))]
@@ -332,6 +333,23 @@ def test_an_output_that_would_replace_an_input_is_refused(place: str, net: nn.Mo
     with pytest.raises(FileError, match="not apart"):
         hs.combine(inputs, around / place, force=True)
     assert {file: file.read_bytes() for file in around.rglob("*") if file.is_file()} == before
+
+
+def test_an_output_beside_what_is_read_is_written(
+    net: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = [adapter(net, tmp_path / name, seed) for seed, name in enumerate(("one", "two"))]
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    hs.combine(inputs, inputs[0] / "inside")
+    assert {file: file.read_bytes() for file in before} == before
+    module = importlib.import_module("headstart.files.merging.combine")
+    hub = {"owner/one": inputs[0], "owner/two": inputs[1]}
+    read = module.read_adapter
+    monkeypatch.setattr(module, "read_adapter", lambda name: read(hub[name]))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    hs.combine(list(hub), "owner", force=True)  # Names on the hub are no paths.
+    assert total([tmp_path / "owner"], [1.0])["first"].norm() > 0
 
 
 def test_adapters_of_other_shapes_are_refused(pair: list[Path], tmp_path: Path) -> None:

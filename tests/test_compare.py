@@ -493,6 +493,42 @@ def test_another_question_is_not_answered_from_a_storage_that_holds_one(tmp_path
         assert found.arms[0].losses != first.arms[0].losses
 
 
+def test_a_loss_that_draws_is_known_again(tmp_path: Path) -> None:
+    model = network()
+    data = task(model)
+    told: list[str] = []
+
+    def drawing(model: nn.Module, batch: Batch) -> Tensor:
+        return loss(model, batch) * (0.5 + torch.rand(()))
+
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        hs.compare(
+            model, drawing, data[:12], data[12:], {"a": PLAIN, "b": PISSA}, steps=4, seeds=1, rates=[1e-2],
+            storage=f"sqlite:///{tmp_path}/study.db", say=told.append,
+        )  # fmt: skip
+    assert any("going on" in line for line in told)
+
+
+def test_every_batch_that_is_held_names_the_study_however_it_is_nested() -> None:
+    model = network()
+    model[4].register_parameter("spare", nn.Parameter(torch.empty(3, device="meta")))  # Held elsewhere.
+    data = [{"pair": [x, {"y": y}]} for x, y in task(model)]
+    other = copy.deepcopy(data)
+    other[7]["pair"][1]["y"] += 1
+
+    def nested(model: nn.Module, batch: Any) -> Tensor:
+        return loss(model, (batch["pair"][0], batch["pair"][1]["y"]))
+
+    names = [
+        hs.compare(
+            model, nested, train[:12], data[12:], {"a": FROZEN_HEAD, "b": PLAIN}, steps=4, seeds=1, rates=[1e-2]
+        ).facts["study"]
+        for train in (data, data, other)
+    ]
+    assert names[0] == names[1] != names[2]
+
+
 def two(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     return loss(model, batch), model(batch[0])
 

@@ -89,6 +89,15 @@ def test_every_format_is_read_and_its_columns_recognised(name: str, tmp_path: Pa
     assert set(rows.column_names) in ({"text"}, {"prompt", "completion"})
 
 
+@pytest.mark.parametrize("name", ["dates.jsonl", "dates.json"])
+def test_dates_as_written_stand_beside_every_row_s_columns(name: str, tmp_path: Path) -> None:
+    rows = [{"day": "2024-01-02"}, {"day": "2024-01-03", "prompt": "a", "completion": "b"}]
+    path = jsonl(tmp_path / name, rows) if name == "dates.jsonl" else write(tmp_path / name, json.dumps(rows))
+    read = reading.read(str(path))
+    assert read.column_names == ["day", "prompt", "completion"]
+    assert read[1] == rows[1]
+
+
 WRONG: dict[str, tuple[str, str, dict[str, Any]]] = {
     "no.jsonl": ("", "empty", {}),
     "what.xyz": ("a", "cannot tell what .*what.xyz", {}),

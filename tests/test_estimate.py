@@ -221,7 +221,7 @@ def test_statistics_are_predicted_to_the_byte(init: str, kind: str, llama: Any, 
     tokens = torch.randint(3, 250, (4, 16))
     labels = tokens if kind == "llama" else torch.zeros(4, dtype=torch.long)
     config = LoraConfig(r=2, init_lora_weights=init, exclude_modules=["classifier"] if kind == "bert" else None)
-    found = calibrate(model, config, [{"input_ids": tokens, "labels": labels}])
+    found = calibrate(model, config, [{"input_ids": tokens, "labels": labels}] * 2)  # Two batches have halves.
     outline = outline_of(model)
     chosen = outline.chosen("all-linear", config.exclude_modules)
     predicted = costs.statistics_bytes(config.strategy.needs, chosen, leaders(chosen), 2)
@@ -421,6 +421,12 @@ def test_a_checkpoint_of_another_class_is_not_taken_for_the_usual_one(name: str)
         ({"quant_method": "mxfp4"}, "4bit"),
         ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}}, "8bit"),
         ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int4WeightOnlyConfig"}}}, "4bit"),
+        ({"quant_method": "torchao", "quant_type": {"default": {
+            "_type": "Int8DynamicActivationInt4WeightConfig"}}}, "4bit"),
+        ({"quant_method": "torchao", "quant_type": {"default": {
+            "_type": "Float8DynamicActivationInt4WeightConfig"}}}, "4bit"),
+        ({"quant_method": "torchao", "quant_type": "int8_dynamic_activation_int4_weight"}, "4bit"),
+        ({"quant_method": "torchao", "quant_type": "int8_dynamic_activation_int8_weight"}, "8bit"),
         ({"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"num_bits": 8}}}}, "8bit"),
         ({"quant_method": "compressed-tensors", "config_groups": {"group_0": {
             "weights": {"num_bits": 4}, "input_activations": {"num_bits": 8}}}}, "4bit"),

@@ -398,6 +398,27 @@ def test_one_run_a_folder_at_a_time(recipe: Any, tmp_path: Path) -> None:
     run(recipe(steps=1), SILENT, [AtStep(1, second)])
 
 
+def test_a_folder_that_cannot_be_is_refused_in_words(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="choose another --output"), Folder(tmp_path / ("x" * 300)).locked():
+        pass
+
+
+def test_a_lock_is_deleted_while_it_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import filelock
+
+    stood: list[bool] = []
+    release = filelock.FileLock.release
+
+    def watched(lock: Any, force: bool = False) -> None:
+        stood.append((tmp_path / "run").exists())
+        release(lock, force)
+
+    monkeypatch.setattr(filelock.FileLock, "release", watched)
+    with Folder(tmp_path / "run").locked():
+        pass
+    assert not stood[0]
+
+
 def python_path() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 

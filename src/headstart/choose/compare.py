@@ -14,7 +14,8 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -29,7 +30,6 @@ from headstart.choose.trials.study import Study
 from headstart.choose.trials.training import Loss, MakeOptimizer, Setting
 from headstart.choose.trials.worker import Watch, Worker
 from headstart.errors import BadOption
-from headstart.lora import batches as reading
 from headstart.lora import quantized
 from headstart.lora.adapt import check_plain
 from headstart.lora.config import LoraConfig
@@ -37,6 +37,7 @@ from headstart.lora.targets import with_heads
 
 Arms = Mapping[str, LoraConfig | str | bool] | Sequence[str]
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
+FORMAT = 2  # of a study: one of another format is not gone on with
 
 
 def compare(
@@ -105,17 +106,19 @@ def compare(
     ordered = train if callable(train) or isinstance(train, Sequence) else list(train)
     setting = Setting(model, loss, ordered, given, _whole("calibration_batches", calibration_batches, 1), optimizer)
     asked = (steps, seeds, dict(wanted.rates), wanted.budget, (facts or {}).get("optimizer"))
-    name = _name(setting, configs, asked, [[Order(ordered, 0)[0]], judging, chosen, kept, given])
+    first = Order(ordered, 0)[0]
+    seen = ordered if isinstance(ordered, list | tuple) else [first]
+    name = _name(setting, configs, asked, [seen, judging, chosen, kept, given])
     study = Study(storage, name)
     worker = Worker(setting, configs, chosen, judging, kept, study, watch or _silent)
     say = say or (lambda line: None)
     began = time.perf_counter()
-    first = worker.plan(wanted, steps, seeds)
-    plan = Plan.from_dict(first["plan"])
+    found = worker.plan(wanted, steps, seeds)
+    plan = Plan.from_dict(found["plan"])
     _announce(plan, len(study.outcomes()) - 1, say)
     deadline = began + wanted.budget if wanted.budget is not None else float("inf")
     stopped = worker.work(plan, deadline)
-    parts = {key: first[key] for key in ("base", "starts", "trainable", "crashed")}
+    parts = {key: found[key] for key in ("base", "starts", "trainable", "crashed")}
     measured = Measured(plan, outcomes=study.outcomes(), stopped=stopped, **parts)
     return Comparison(measured, configs, {"study": name, **_about(model), **(facts or {})})
 
@@ -228,18 +231,28 @@ def _announce(plan: Plan, done: int, say: Callable[[str], None]) -> None:
 def _name(setting: Setting, configs: Mapping[str, LoraConfig], asked: Any, batches: Sequence[Sequence[Any]]) -> str:
     """A name for the study: the same for the same question about the same model and data, on any machine.
 
-    Of every weight and every batch that is held a few numbers are looked at. The loss is not: `Worker.plan` sees it.
+    The first numbers are looked at of every weight that has some and is not quantised, and of every tensor in the
+    batches, however deep it lies there. The loss is not: `Worker.plan` sees it.
     """
     digest = hashlib.sha256()
     shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in setting.model.named_parameters()]
     arms = {name: dataclasses.asdict(config) for name, config in configs.items()}
-    counts = [len(setting.train) if isinstance(setting.train, Sequence) else None, *map(len, batches)]
+    counts = [FORMAT, len(setting.train) if isinstance(setting.train, Sequence) else None, *map(len, batches)]
     digest.update(json.dumps([shapes, arms, asked, setting.calibration_batches, counts], default=str).encode())
-    held = [tensor for kind in batches for batch in kind for tensor in reading.tensors(batch)]
-    weights = [p for p in setting.model.parameters() if not quantized.is_quantized(p)]
-    for tensor in [*weights, *held]:
-        digest.update(_few(tensor))
+    weights = (p for p in setting.model.parameters() if not quantized.is_quantized(p))
+    for tensor in chain(weights, _tensors(batches)):
+        if not tensor.is_meta:
+            digest.update(_few(tensor))
     return f"headstart-{digest.hexdigest()[:16]}"
+
+
+def _tensors(held: Any) -> Iterator[Tensor]:
+    """All tensors in lists and mappings, and in what these hold."""
+    if isinstance(held, Tensor):
+        yield held
+    elif isinstance(held, Mapping | list | tuple):
+        for value in held.values() if isinstance(held, Mapping) else held:
+            yield from _tensors(value)
 
 
 def _few(tensor: Tensor) -> bytes:

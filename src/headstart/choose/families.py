@@ -328,6 +328,8 @@ def _bits(packed: Config) -> str:
     weights = [group.get("weights") or {} for group in groups.values()]
     counts = {packed.get("bits"), *(each.get("num_bits") for each in weights)}
     words = " ".join(str(packed.get(name)) for name in ("quant_method", "quant_algo", "quant_type", "weights")).lower()
+    if re.search("int4_?weight", words):  # The activations may be of 8 bits.
+        return "4bit"
     eight = packed.get("load_in_8bit") or 8 in counts or re.search("fp8|float8|int8|eetq", words)
     return "8bit" if eight else "4bit"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -82,7 +81,7 @@ def look(data: str, tokenizer: Path | None = None) -> Sample:
             head = file.read(BYTES)
             head += b"" if path.suffix == ".json" else file.readline(16 * BYTES)  # Elsewhere a line ends a row.
         whole = len(head) == path.stat().st_size
-        rows = list(kinds[path.suffix](head.decode("utf-8-sig", "replace"), path))
+        rows = list(kinds[path.suffix](head.decode("utf-8-sig", "replace"), path, whole))
     except (ValueError, RecursionError, csv.Error) as problem:
         raise DataError(f"cannot read {str(path)!r}: {problem}") from None
     count = len(rows) if whole else round(len(rows) * path.stat().st_size / len(head))
@@ -127,7 +126,7 @@ def _words(value: Any) -> Iterator[str]:
             yield from _words(inner)
 
 
-def _lines(text: str, path: Path) -> Iterator[str]:
+def _lines(text: str, path: Path, whole: bool) -> Iterator[str]:
     # A string in JSON may hold other ends of lines as they are, such as U+2028.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
@@ -137,41 +136,60 @@ def _lines(text: str, path: Path) -> Iterator[str]:
                 raise ValueError(f"line {number} is no JSON: mend or delete it") from None
 
 
-def _array(text: str, path: Path) -> Iterator[str]:
+def _array(text: str, path: Path, whole: bool) -> Iterator[str]:
     """A list of rows, at the top or in an object; or lines, whatever the file is called. The last row may be cut."""
     if text.lstrip()[:1] not in ("[", "{"):
         raise ValueError("it is no list of rows")
-    cut = len(text) >= BYTES // 4  # A letter has four bytes at most.
     try:
         found = json.loads(text)
     except ValueError:
-        if re.match(r"\s*\{.*\}\s*\n\s*\{", text):
-            yield from _lines(text.rpartition("\n")[0] if cut else text, path)
+        if _is_lines(text):
+            yield from _lines(text if whole else text.rpartition("\n")[0], path, whole)
             return
-        if not cut:
+        if whole:
             raise
         found = list(_whole_rows(text))
     for row in found if isinstance(found, list) else next((v for v in found.values() if isinstance(v, list)), []):
         yield " ".join(_words(row))
 
 
+def _is_lines(text: str) -> bool:
+    """Whether an object follows the first one."""
+    text = text.lstrip()
+    try:
+        _, end = json.JSONDecoder().raw_decode(text)
+    except ValueError:
+        return False
+    return text[0] == "{" and text[end:].lstrip()[:1] == "{"
+
+
 def _whole_rows(text: str) -> Iterator[Any]:
-    """Those of a list that is cut somewhere."""
-    place, decoder = text.find("[") + 1, json.JSONDecoder()
-    while True:
-        place += len(text[place : place + 1000]) - len(text[place : place + 1000].lstrip(" \t\r\n,"))
-        try:
-            row, place = decoder.raw_decode(text, place)
-        except ValueError:
-            return
-        yield row
+    """Those of a list that is cut somewhere: at the top, or the first one in an object."""
+    decoder, place = json.JSONDecoder(), _past(text, 0)
+    place = _past(text, place + (text[place : place + 1] == "{"))
+    try:
+        while text[place : place + 1] != "[":  # A key, or what else the object holds.
+            place = _past(text, decoder.raw_decode(text, place)[1])
+        place += 1
+        while True:
+            row, place = decoder.raw_decode(text, _past(text, place))
+            yield row
+    except ValueError:
+        return
 
 
-def _text(text: str, path: Path) -> Iterator[str]:
+def _past(text: str, place: int) -> int:
+    """The place of the next key or value."""
+    while place < len(text) and text[place] in " \t\r\n,:":
+        place += 1
+    return place
+
+
+def _text(text: str, path: Path, whole: bool) -> Iterator[str]:
     yield from (part for part in text.split("\n\n" if "\n\n" in text else "\n") if part.strip())
 
 
-def _table(text: str, path: Path) -> Iterator[str]:
+def _table(text: str, path: Path, whole: bool) -> Iterator[str]:
     rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",")
     longest = csv.field_size_limit(len(text) + 1)  # A cell may hold a whole document.
     try:

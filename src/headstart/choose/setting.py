@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +40,8 @@ class Setting:
 
     init: str | bool = "kaiming"
     r: int = 16
-    target_modules: str | Sequence[str] = "all-linear"
-    exclude_modules: str | Sequence[str] | None = None
+    target_modules: str | Collection[str] = "all-linear"
+    exclude_modules: str | Collection[str] | None = None
     dtype: str = "auto"
     quantised: str | None = None
     batch_size: int = 8
@@ -81,8 +81,10 @@ class Setting:
                     raise BadOption(f"{name} {value!r} is no regular expression: {error}") from None
             elif value is None and name == "exclude_modules":
                 continue
-            elif not isinstance(value, Sequence) or not all(isinstance(entry, str) for entry in value):
+            elif not isinstance(value, Collection) or not all(isinstance(entry, str) for entry in value):
                 raise BadOption(f"{name} is {value!r}: pass 'all-linear', names in a list, or an expression")
+            elif not isinstance(value, Sequence):  # A set: in one order, and as files and commands hold it.
+                object.__setattr__(self, name, sorted(value))
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Setting:

@@ -7,7 +7,7 @@ Shapes are m out and n in, as everywhere. Nothing here imports torch: an `Outlin
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
@@ -128,7 +128,7 @@ class Outline:
     def head_flops(self) -> float:
         return 2.0 * self.vocabulary * self.hidden
 
-    def chosen(self, targets: str | Sequence[str], exclude: str | Sequence[str] | None = None) -> list[Matrix]:
+    def chosen(self, targets: str | Collection[str], exclude: str | Collection[str] | None = None) -> list[Matrix]:
         """The matrices that `target_modules` and `exclude_modules` ask for.
 
         Raises:
@@ -144,7 +144,7 @@ class Outline:
             raise NoTarget(f"no matrix of this {self.kind} is left to adapt: widen target_modules")
         return found
 
-    def _named(self, field_name: str, wanted: str | Sequence[str]) -> list[Matrix]:
+    def _named(self, field_name: str, wanted: str | Collection[str]) -> list[Matrix]:
         entries = [wanted] if isinstance(wanted, str) else list(wanted)
         found: dict[str, Matrix] = {}
         for entry in entries:

@@ -33,12 +33,16 @@ def check_free(path: Path, force: bool) -> None:
         raise FileError(f"{str(path)!r} is no folder of a model or an adapter, and is not replaced: choose another")
 
 
-def check_apart(out: Path, sources: Iterable[Path]) -> None:
-    """Refuse an output that is one of the inputs, or around one, or inside one: replacing it would delete them."""
+def check_apart(out: Path, sources: Iterable[Path], *, inside: bool = False) -> None:
+    """Refuse an output that is one of the inputs or around one, since replacing it deletes that; or inside one.
+
+    Args:
+        inside: whether it may be inside one, where it replaces nothing of the input.
+    """
     here = out.resolve()
     for source in sources:
         there = source.expanduser().resolve()
-        if here == there or here in there.parents or there in here.parents:
+        if here == there or here in there.parents or (there in here.parents and not inside):
             raise FileError(f"{str(out)!r} and the input {str(source)!r} are not apart: choose another --out")
 
 

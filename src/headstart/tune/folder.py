@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,8 +104,8 @@ class Folder:
         """
         from filelock import FileLock, Timeout
 
-        stood = self.path.exists()
         try:
+            stood = self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as problem:
             raise FileError(
@@ -119,11 +119,12 @@ class Folder:
         try:
             yield
         finally:
+            with suppress(OSError):
+                if os.listdir(self.path) == [".lock"]:  # Refused before anything was written.
+                    (self.path / ".lock").unlink()  # While it is held: later it may be another run's.
+                    if not stood:
+                        self.path.rmdir()
             lock.release()
-            if os.listdir(self.path) == [".lock"]:  # Refused before anything was written.
-                (self.path / ".lock").unlink()
-                if not stood:
-                    self.path.rmdir()
 
     def check_space(self, size: int) -> None:
         """Refuse now what would fail when the run is done.

@@ -77,8 +77,11 @@ def _as_written(path: Path) -> Dataset:
 
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".json" and text.lstrip().startswith("["):
-        return Dataset.from_list(json.loads(text))
-    return Dataset.from_list([json.loads(line) for line in text.split("\n") if line.strip()])
+        rows = json.loads(text)
+    else:
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+    keys = dict.fromkeys(key for row in rows for key in row)  # Dataset.from_list takes the first row's alone.
+    return Dataset.from_dict({key: [row.get(key) for row in rows] for key in keys})
 
 
 def _read_named(data: str, split: str, subset: str | None) -> Dataset:

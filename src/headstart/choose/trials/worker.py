@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from headstart.choose.trials import training
 from headstart.choose.trials.centre import centre
 from headstart.choose.trials.clock import Clock
@@ -27,6 +29,7 @@ from headstart.lora.config import LoraConfig
 
 POINTS = 100  # of a learning curve
 SAME = 0.01  # how far the base's loss may be from another machine's
+PROBED = 2  # tuning batches that it is compared on
 Watch = Callable[[str, int, int], None]
 
 
@@ -94,7 +97,7 @@ class Worker:
         while True:
             found = self.study.outcomes().get("plan")
             if found is not None:
-                self._check_same(found["base"]["tuning"])
+                self._check_same(found["probe"])
                 return found
             if "plan" not in self.study.running():
                 claim = self.study.claim("plan", {})
@@ -107,7 +110,7 @@ class Worker:
 
     def _rehearse(self, wanted: Plan, steps: int | None, seeds: int | None) -> Outcome:
         """Every arm once, so that what cannot work is refused before anything is trained."""
-        base = self._judged()
+        base, probe = self._judged(), self._probed()
         timing, seconds = dict(base.pop("seconds")), []
         starts, centres, shapes, crashed = {}, {}, {}, {}
         began = time.perf_counter()
@@ -142,6 +145,7 @@ class Worker:
             "value": 0.0,
             "plan": found.to_dict(),
             "base": base,
+            "probe": probe,
             "starts": starts,
             "trainable": shapes,
             "crashed": crashed,
@@ -164,13 +168,21 @@ class Worker:
 
     def _check_same(self, before: float) -> None:
         """Refuse a study of the same name whose base had another loss: its runs were of something else."""
-        with self.clock("evaluation"):
-            now = self._evaluated("tuning") or 0.0
+        now = self._probed()
         if not math.isclose(now, before, rel_tol=SAME, abs_tol=1e-6):
             raise BadOption(
-                f"what this storage holds was done with another loss, model or data: the base's loss on the tuning "
-                f"batches was {before:.6g} there and is {now:.6g} here; choose another storage, or another --out"
+                f"what this storage holds was done with another loss, model or data: the base's loss on the first "
+                f"tuning batches was {before:.6g} there and is {now:.6g} here; choose another storage, or another --out"
             )
+
+    def _probed(self) -> float:
+        """The base's loss on a few tuning batches, the same in every process: what a loss draws is drawn alike."""
+        setting = self.setting
+        devices = sorted({p.device.index or 0 for p in setting.model.parameters() if p.device.type == "cuda"})
+        with self.clock("evaluation"), torch.random.fork_rng(devices=devices):
+            torch.manual_seed(0)
+            value = training.evaluate(setting.model, setting.loss, self.tuning[:PROBED], setting.device)
+        return value if math.isfinite(value) else 0.0  # A mean of nothing is no number.
 
     def _evaluated(self, which: str) -> float | None:
         batches = {"tuning": self.tuning, "judging": self.judging, "preserved": self.preserved}[which]
