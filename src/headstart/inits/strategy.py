@@ -18,7 +18,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -161,9 +161,11 @@ class Strategy:
 def _plain_defaults() -> Iterator[None]:
     """What a strategy draws is float32 on the CPU, whatever the user's defaults are: the same start everywhere."""
     before = torch.get_default_dtype()
+    # A device as a context intercepts every operation, and takes as long as the small ones do.
+    elsewhere = torch.get_default_device().type != "cpu"
     torch.set_default_dtype(torch.float32)
     try:
-        with torch.device("cpu"):
+        with torch.device("cpu") if elsewhere else nullcontext():
             yield
     finally:
         torch.set_default_dtype(before)
