@@ -417,7 +417,7 @@ class Wrapped(Uncalled):
 
     @property
     def kernel(self) -> Tensor:
-        return self.convolution.weight.data
+        return self.convolution.weight
 
     def forward(self, input: Tensor) -> Tensor:
         y = (lambda x: F.linear(x, self.layer.weight, self.layer.bias))(input)

@@ -63,12 +63,15 @@ def _computes(code: CodeType, leaf: str) -> bool:
     if leaf not in code.co_names or "weight" not in code.co_names:
         return False
     steps = [step for step in dis.get_instructions(code) if step.opname not in _EMPTY]
-    for i in range(1, len(steps) - 3):
-        owner, weight, use, then = steps[i : i + 4]
+    for i in range(1, len(steps) - 2):
+        owner, weight, use = steps[i : i + 3]
         if (owner.argval, weight.argval, weight.opname) != (leaf, "weight", "LOAD_ATTR"):
             continue
         fact = use.opname in ("LOAD_ATTR", "LOAD_METHOD") and use.argval in _FACTS
-        is_none = "NONE" in use.opname or (use.argval is None and then.opname == "IS_OP")
+        # A use that is the last step returns the weight.
+        is_none = "NONE" in use.opname or (
+            use is not steps[-1] and use.argval is None and steps[i + 3].opname == "IS_OP"
+        )
         its_type = i > 1 and steps[i - 2].argval == "isinstance"
         if not (fact or is_none or its_type):
             return True
