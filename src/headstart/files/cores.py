@@ -1,7 +1,7 @@
 r"""The trained core of an adapter that has one, in its folder: what A was before the core was multiplied into it.
 
     metadata "cores"             the layers that have one
-    trained_core.safetensors     <layer>.A, <layer>.core: R and A, as the layer stores them
+    trained_core.safetensors     <layer>.A, <layer>.core: A and R, as the layer stores them
 
 Everyone reads R·A as A. Without the two apart nothing of such an adapter could go on training: its factors are frozen.
 """

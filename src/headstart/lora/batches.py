@@ -55,7 +55,7 @@ def check(batch: Any) -> None:
         CalibrationError: if it holds no tensor, or token ids of one dimension.
     """
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-    if (isinstance(ids, Tensor) and ids.ndim == 1) or not _holds_tensor(batch):
+    if (isinstance(ids, Tensor) and ids.ndim == 1) or not _may_be_batch(batch):
         what = f"({', '.join(map(str, batch))}) " if isinstance(batch, Mapping) else ""
         raise CalibrationError(
             f"data yields a {type(batch).__name__} {what}that is no batch of tensors: put rows together and make "
@@ -63,11 +63,11 @@ def check(batch: Any) -> None:
         )
 
 
-def _holds_tensor(batch: Any) -> bool:
+def _may_be_batch(batch: Any) -> bool:
     if isinstance(batch, Mapping):
-        return any(map(_holds_tensor, batch.values()))
+        return any(map(_may_be_batch, batch.values()))
     if isinstance(batch, tuple | list):
-        return any(map(_holds_tensor, batch))
+        return any(map(_may_be_batch, batch))
     return type(batch).__module__ not in ("builtins", "numpy")
 
 

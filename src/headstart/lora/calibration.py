@@ -40,7 +40,7 @@ class Calibration:
     loss: float | None = None
     seconds: float = 0.0
     weights: Fingerprint = field(default_factory=dict)
-    _moved: dict[str, tuple[Any, Any]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _last: dict[str, tuple[Any, Any]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def check_is_of(self, targets: Iterable[Target]) -> None:
         """Refuse another model, whose layers have the same names and sizes.
@@ -81,15 +81,15 @@ class Calibration:
         """A statistic where the weight is: one that was loaded lies on the CPU. Layers in a row share it."""
         if device.type == "meta" or all(tensor.device == device for tensor in tensors(statistic)):
             return statistic
-        known, there = self._moved.get(need, (None, None))
+        known, there = self._last.get(need, (None, None))
         if known is not statistic or tensors(there)[0].device != device:
-            there = _on(statistic, device)
-            self._moved[need] = statistic, there
+            there = _copied(statistic, device)
+            self._last[need] = statistic, there
         return there
 
     def facts(self) -> dict[str, Any]:
         """What the init report says about the data."""
-        return {name: value for name, value in vars(self).items() if name not in ("layers", "weights", "_moved")}
+        return {name: value for name, value in vars(self).items() if name not in ("layers", "weights", "_last")}
 
     @property
     def bytes(self) -> int:
@@ -190,7 +190,7 @@ def tensors(statistic: Any) -> list[Tensor]:
     return [part for parts in values for part in parts if isinstance(part, Tensor)]
 
 
-def _on(statistic: Any, device: torch.device) -> Any:
+def _copied(statistic: Any, device: torch.device) -> Any:
     moved = {name: _moved(value, device) for name, value in _state(statistic).items()}
     fresh: dict[str, Any] = {"known": {}} if isinstance(statistic, Moments) else {}
     return replace(statistic, **moved, **fresh)
