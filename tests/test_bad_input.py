@@ -55,6 +55,7 @@ from headstart.files import adapter as format_
 from headstart.inits import strategy as registry
 from headstart.lora import adapt as lora
 from headstart.lora import starts
+from headstart.lora.adapter import Adapter, adapter_of
 from headstart.lora.layers import LoraLayer
 
 IDS = torch.arange(12).reshape(3, 4)
@@ -681,7 +682,7 @@ def test_training_while_merged_is_refused(adapted: Net) -> None:
 
 
 def test_factors_changed_while_merged_do_not_reach_the_weights(adapted: Net) -> None:
-    layers = lora.adapter_of(adapted).layers()
+    layers = adapter_of(adapted).layers()
     weights = {name: bits(layer.original) for name, layer in layers.items()}
     hs.merge(adapted, reversible=True)
     merged = outputs(adapted)
@@ -720,14 +721,14 @@ def test_saving_while_merged_writes_the_same_adapter(adapted: Net, tmp_path: Pat
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_factors_that_are_not_finite_are_never_merged(adapted: Net, value: float) -> None:
     with torch.no_grad():
-        lora.adapter_of(adapted).layers()["blocks.1.v"].factors[1][0, 0] = value
+        adapter_of(adapted).layers()["blocks.1.v"].factors[1][0, 0] = value
     for reversible in (True, False):
         with refused(adapted, NonFiniteWeight, "blocks.1.v", "NaN or infinity"):
             hs.merge(adapted, reversible=reversible)
 
 
 def test_a_disabled_adapter_is_back_after_an_error(adapted: Net) -> None:
-    with refused(adapted, ZeroDivisionError), lora.adapter_of(adapted).disabled():
+    with refused(adapted, ZeroDivisionError), adapter_of(adapted).disabled():
         raise ZeroDivisionError
 
 
@@ -1116,7 +1117,7 @@ def test_strict_false_takes_an_adapter_to_another_base(folder: Path) -> None:
     edit_tensors(lambda tensors: tensors.update({"base_model.model.stray": torch.ones(2)}))(folder)
     model = net(seed=7)
     hs.load(model, folder, strict=False)
-    assert len(lora.adapter_of(model).layers()) == 6
+    assert len(adapter_of(model).layers()) == 6
 
 
 def test_strict_false_never_overwrites_the_base(folder: Path) -> None:
@@ -1209,7 +1210,7 @@ def test_mutated_bytes_are_refused_by_name_or_mean_the_same(
         survived += 1
         meant = semantics((folder / format_.CONFIG).read_bytes()) if part == "config" else semantics(original)
         if meant == semantics(original):
-            computed = outputs(copied if isinstance(found, lora.Adapter) else found)
+            computed = outputs(copied if isinstance(found, Adapter) else found)
             torch.testing.assert_close(computed, wanted)
     assert fingerprint(model) == before
     assert survived < 50
@@ -1382,7 +1383,7 @@ def test_a_rank_that_cannot_be_saved_is_refused(rank: Any, adapted: Net, tmp_pat
 
 def test_factors_that_are_not_finite_cannot_be_truncated(adapted: Net, tmp_path: Path) -> None:
     with torch.no_grad():
-        lora.adapter_of(adapted).layers()["blocks.1.v"].factors[1][0, 0] = math.nan
+        adapter_of(adapted).layers()["blocks.1.v"].factors[1][0, 0] = math.nan
     with refused(adapted, NonFiniteWeight, "blocks.1.v"):
         hs.save(adapted, tmp_path / "new", rank=2)
     assert not (tmp_path / "new").exists()

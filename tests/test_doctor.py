@@ -166,6 +166,8 @@ def test_what_is_said_of_peft_is_what_peft_does(name: str, made: Made) -> None:
     [
         ("plain", {"target_modules": ["q_proj", "mlp.down_proj"]}),
         ("plain", {"exclude_modules": ["down_proj"]}),
+        ("plain", {"layers_to_transform": [0]}),
+        ("plain", {"layers_to_transform": 1, "layers_pattern": "layers"}),
         ("plain", {"use_dora": True}),
         ("dora", {"use_dora": False}),
     ],
@@ -177,6 +179,32 @@ def test_a_config_of_other_layers_than_the_files_is_told(
     assert doctor(made.folder(name))["peft"].verdict is Verdict.LOADS
     assert doctor(folder)["peft"].verdict is Verdict.DIFFERS
     assert _apart(_logits(peft.PeftModel.from_pretrained(made.base(), folder)), made.logits[name]) > 1e-5
+
+
+def test_a_module_that_the_file_should_hold_is_told_and_peft_misses_it(made: Made, tmp_path: Path) -> None:
+    folder = made.copied("saved", tmp_path)
+    assert doctor(folder)["peft"].verdict is Verdict.LOADS
+    retensored(folder, lambda t: {n: v for n, v in t.items() if "lora_" in n})
+    assert doctor(folder)["peft"].verdict is Verdict.REFUSES
+    with pytest.raises(KeyError):
+        peft.PeftModel.from_pretrained(made.base(), folder)
+
+
+@pytest.mark.parametrize("held", ["score", "classifier"])
+def test_one_head_of_a_classifier_is_enough(held: str, made: Made, tmp_path: Path) -> None:
+    folder = changed(made.copied("plain", tmp_path), modules_to_save=["classifier", "score"])
+    assert doctor(folder)["peft"].verdict is Verdict.REFUSES
+    retensored(folder, lambda t: {**t, f"base_model.model.{held}.weight": torch.ones(2, 32)})
+    assert doctor(folder)["peft"].verdict is Verdict.LOADS
+
+
+def test_blocks_that_layers_to_transform_counts_are_well(made: Made, tmp_path: Path) -> None:
+    for i, fields in enumerate(
+        ({"layers_to_transform": [0, 1]}, {"layers_to_transform": [0, 1], "layers_pattern": []})
+    ):
+        folder = changed(made.copied("plain", tmp_path / str(i)), **fields)
+        assert doctor(folder)["peft"].verdict is Verdict.LOADS
+        assert _apart(_logits(peft.PeftModel.from_pretrained(made.base(), folder)), made.logits["plain"]) < 1e-5
 
 
 def test_peft_refuses_what_is_said_to_be_refused(made: Made, tmp_path: Path) -> None:
@@ -391,6 +419,7 @@ def test_every_rule_about_peft_folders_is_met_by_some_folder(made: Made, tmp_pat
         "corda": {"init_lora_weights": "corda"}, "loftq": {"init_lora_weights": "loftq"},
         "unknown": {"init_lora_weights": "lora_one"}, "bias": {"bias": "all"}, "alpha": {"lora_alpha": None},
         "left out": {"target_modules": ["q_proj"]}, "no magnitudes": {"use_dora": True},
+        "unsaved": {"modules_to_save": ["norm"]},
         "alora": {"alora_invocation_tokens": [1]}, "rank": {"r": 5}, "base": {"base_model_name_or_path": None},
     }  # fmt: skip
     folders += [changed(made.copied("plain", tmp_path / name), **fields) for name, fields in odd.items()]

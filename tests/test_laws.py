@@ -25,7 +25,7 @@ from headstart.inits import strategy as registry
 from headstart.inits.pissa import pissa
 from headstart.inits.strategy import Factors, Strategy
 from headstart.lora import delta
-from headstart.lora.adapt import adapter_of
+from headstart.lora.adapter import adapter_of
 from headstart.lora.config import LoraConfig
 from headstart.lora.layers import LoraLayer, lora_layers
 from headstart.testing import (
@@ -228,7 +228,7 @@ class Bypassed(Native):
 
     def adapt(self, model: nn.Module, config: LoraConfig) -> nn.Module:
         super().adapt(model, config)
-        adapter_of(model)._switch(off=False)
+        adapter_of(model).switch(off=False)
         return model
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import headstart as hs
 from headstart.errors import AdapterState, CalibrationError, UnsupportedLayer
+from headstart.lora import matrix
 from headstart.lora.layers import LoraLayer, lora_layers
 from headstart.lora.layers.read import is_read
 from headstart.testing import fingerprint
@@ -59,6 +60,39 @@ class Router(nn.Linear):
         return scores.softmax(-1), scores
 
 
+class Cosine(nn.Linear):
+    """Scores by angle: rows of the right shape, and no product with the weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(F.normalize(input, dim=-1), F.normalize(self.weight, dim=-1), self.bias)
+
+
+class Widened(nn.Linear):
+    """As Idefics': columns of its own beside."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = super().forward(input)
+        return torch.cat([y, y.square()], -1)
+
+
+class Gained(nn.Linear):
+    """A gain that begins at one, as a plain product would."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.gain = nn.Parameter(torch.ones(out_features))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * self.gain
+
+
+class Product(nn.Linear):
+    """As Falcon's: a forward of its own that gives what torch's gives."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input @ self.weight.T + self.bias
+
+
 class Uncalled(nn.Module):
     """As WavLM's attention and Mamba's mixer: the weights of layers are read."""
 
@@ -87,12 +121,22 @@ def scaled() -> nn.Module:
     return Model(layer)
 
 
+def gained(gain: float) -> nn.Module:
+    layer = Gained(4, 3)
+    layer.gain.data.fill_(gain)
+    return Model(layer)
+
+
 IDS, ROWS, IMAGES = torch.randint(0, 11, (2, 5)), torch.randn(2, 5, 4), torch.randn(2, 4, 6, 6)
 CASES: dict[str, tuple[Callable[[], nn.Module], Tensor, list[str]]] = {
     "scaled": (scaled, IDS, ["layer"]),
     "positions": (lambda: Model(Positions(11, 6), past=3), IDS, ["layer"]),
     "standardized": (lambda: Model(Standardized(4, 6, 3, groups=2)), IMAGES, ["layer"]),
     "router": (lambda: Model(Router(4, 3)), ROWS, ["layer"]),
+    "cosine": (lambda: Model(Cosine(4, 3)), ROWS, ["layer"]),
+    "widened": (lambda: Model(Widened(4, 3)), ROWS, ["layer"]),
+    "gained": (lambda: gained(3.0), ROWS, ["layer"]),
+    "product": (lambda: Model(Product(4, 3)), ROWS, ["layer"]),
     "uncalled": (Uncalled, ROWS, ["layer", "convolution"]),
 }
 
@@ -159,11 +203,39 @@ def test_a_layer_that_is_called_answers_with_its_own_frozen_weight() -> None:
     assert model.layer.weight is model.layer.base_layer.weight
 
 
-def test_dropout_is_refused_where_it_has_no_place() -> None:
-    model = Model(Standardized(4, 6, 3))
+@pytest.mark.parametrize("layer", [Standardized(4, 6, 3), Cosine(4, 3)])
+def test_dropout_is_refused_where_it_has_no_place(layer: nn.Module) -> None:
+    model = Model(layer)
     with pytest.raises(UnsupportedLayer, match="lora_dropout=0"):
         hs.adapt(model, hs.LoraConfig(r=2, lora_dropout=0.1, target_modules=["layer"]))
-    assert type(model.layer) is Standardized
+    assert model.layer is layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_linear_is_known_for_a_product_by_what_it_gives(dtype: torch.dtype) -> None:
+    """A product keeps its branch beside it, with dropout and a sight of its inputs."""
+    state = torch.get_rng_state()
+    for layer, expected in (
+        (Product(64, 48), False),
+        (nn.Linear(64, 48), False),
+        (Cosine(64, 48), True),
+        (Widened(64, 48), True),
+        (Router(64, 48), True),
+        (gained(1.0).layer, True),
+    ):
+        torch.set_rng_state(state)
+        assert matrix.layout(layer.to(dtype)).own_way == expected, layer
+        assert torch.equal(torch.get_rng_state(), state)
+    with torch.device("meta"):
+        assert matrix.layout(Widened(64, 48)).own_way
+        assert not matrix.layout(Product(64, 48)).own_way
+
+
+def test_the_inputs_of_a_product_are_seen_whoever_wrote_its_forward() -> None:
+    model, inputs = Model(Product(4, 3)), torch.randn(6, 4)
+    found = hs.calibrate(model, hs.LoraConfig(r=2, init_lora_weights="corda", target_modules=["layer"]), [inputs])
+    moment = next(iter(found.layers["layer"].values()))[0]
+    torch.testing.assert_close(moment.dense().float(), inputs.T @ inputs / 6)
 
 
 def test_a_disabled_model_reads_the_original_of_what_trains_in_full() -> None:
@@ -381,7 +453,7 @@ def test_a_linear_takes_its_input_by_name_as_torch_does() -> None:
     assert torch.equal(model[0](input=x), model[0](x))
 
 
-@pytest.mark.parametrize("name", ["positions", "standardized"])
+@pytest.mark.parametrize("name", ["positions", "standardized", "router", "cosine", "widened"])
 def test_a_gradient_start_sees_the_gradient_of_the_weight_and_not_of_what_the_forward_made_of_it(name: str) -> None:
     make, inputs, targets = CASES[name]
     model = make()
@@ -459,10 +531,12 @@ def test_gradients_of_what_a_model_reads_are_those_of_the_weight() -> None:
     assert torch.allclose(found.dense(), wanted, atol=1e-6 * float(wanted.abs().max()))
 
 
-def test_a_gradient_start_refuses_a_layer_that_puts_out_more_than_rows() -> None:
+def test_a_gradient_start_refuses_a_layer_that_a_hook_makes_put_out_more_than_rows() -> None:
+    model = Model(nn.Linear(4, 3))
+    model.layer.register_forward_hook(lambda module, args, y: (y, y))
     config = hs.LoraConfig(r=2, target_modules=["layer"], init_lora_weights="lora_one")
     with pytest.raises(CalibrationError, match="'layer' puts out a tuple"):
-        hs.calibrate(Model(Router(4, 3)), config, [ROWS], loss=lambda m, x: m(x).square().mean())
+        hs.calibrate(model, config, [ROWS], loss=lambda m, x: m(x).square().mean())
 
 
 def test_a_scaled_lookup_that_has_rows_of_its_own_is_not_only_scaled() -> None:

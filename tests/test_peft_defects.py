@@ -23,10 +23,10 @@ from headstart import linalg
 from headstart.errors import AdapterState, BadAlpha, BadRank, UnsupportedLayer
 from headstart.files.adapter import read_adapter
 from headstart.inits import strategy as registry
-from headstart.lora.adapt import adapter_of
+from headstart.lora.adapter import adapter_of
 from headstart.lora.layers import LoraLayer
 from headstart.peft import from_pretrained, get_peft_model
-from headstart.peft.layers import ShellLayer
+from headstart.peft.shell import ShellLayer
 from headstart.testing import KINDS, NATIVE, PEFT, Both, Case, Kind, Shell, fingerprint, train
 
 pytestmark = pytest.mark.filterwarnings("ignore")

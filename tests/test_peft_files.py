@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 import headstart as hs
 from headstart.files.adapter import CONFIG, TENSORS, read_adapter
 from headstart.inits import get
-from headstart.lora.adapt import adapter_of
+from headstart.lora.adapter import adapter_of
 from headstart.lora.targets import matches_pattern
 from headstart.testing import KINDS, Both, Case, Experts, Kind, train
 

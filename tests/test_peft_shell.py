@@ -35,8 +35,8 @@ from headstart.errors import (
 from headstart.files.adapter import CONFIG, CORES, TENSORS, plain_name, read_adapter
 from headstart.inits import strategy as registry
 from headstart.peft import from_pretrained, get_peft_model
-from headstart.peft.layers import ShellLayer
 from headstart.peft.model import ShellModel
+from headstart.peft.shell import ShellLayer
 from headstart.testing import KINDS, Case, fingerprint, train
 
 PEFT = Version(peft.__version__)

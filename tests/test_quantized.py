@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import headstart as hs
+import headstart.peft
 from headstart.errors import (
     AdapterState,
     BadOption,
@@ -948,3 +949,83 @@ def test_a_torchao_weight_that_cannot_be_made_again_is_not_merged(net: Net, x: T
     with pytest.raises(UnsupportedLayer, match="cannot be quantised anew: load the adapter on the float model"):
         hs.merge(net)
     assert torch.equal(net(x), after)
+
+
+# ------------------------------------------------------------------ blocks that bitsandbytes turns
+
+
+def turn(model: nn.Module) -> nn.Module:
+    """As bitsandbytes leaves a model that was evaluated on a CPU with bf16 products."""
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu
+
+    for layer in model.modules():
+        if isinstance(layer, bnb.nn.Linear4bit):
+            layer.support_avx512bf16_for_cpu = True
+            layer.weight.data, layer.quant_state = _convert_weight_packed_for_cpu(layer.weight.data, layer.quant_state)
+    return model
+
+
+def held(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    layers = [layer for layer in model.modules() if isinstance(layer, bnb.nn.Linear4bit)]
+    return [(layer.weight.data.clone(), layer.weight.quant_state.absmax.clone()) for layer in layers]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("native", [True, False])
+def test_turned_blocks_are_turned_back_for_as_long_as_they_are_adapted(
+    native: bool, nested: bool, net: Net, x: Tensor
+) -> None:
+    model = turn(pack(net, lambda *a, **k: linear4bit(*a, **k, compress_statistics=nested)))
+    before = held(model)
+    up, down = (quantized.values(layer.weight, layer) for layer in (model.up, model.down))
+    chosen = config("pissa", target_modules=["up"])  # bitsandbytes' product with `down` would pass no gradient on
+    adapted = hs.adapt(model, chosen).model if native else headstart.peft.get_peft_model(model, chosen)
+    x.requires_grad_()
+    y = adapted(x)
+    wanted = torch.tanh(x @ up.T + model.up.bias) @ down.T
+    torch.testing.assert_close(y, wanted)
+    y.square().sum().backward()
+    found, x.grad = x.grad, None
+    wanted.square().sum().backward()
+    torch.testing.assert_close(found, x.grad)
+    hs.remove(adapted) if native else adapted.unload()
+    assert all(layer.support_avx512bf16_for_cpu for layer in (model.up, model.down))
+    for (codes, scales), (known, rounded) in zip(held(turn(model)), before, strict=True):
+        assert torch.equal(codes, known)
+        assert torch.equal(scales, rounded)
+
+
+def test_a_calibration_of_turned_blocks_sees_the_gradients_through_them(net: Net, x: Tensor) -> None:
+    model = turn(pack(net, linear4bit))
+    up, down = (quantized.values(layer.weight, layer) for layer in (model.up, model.down))
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch).square().mean()  # type: ignore[no-any-return]
+
+    found = hs.calibrate(model, config("lora_one", target_modules=["up"]), [x], loss=loss, dense=True)
+    weight = up.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad((torch.tanh(x @ weight.T + model.up.bias) @ down.T).square().mean(), [weight])
+    assert apart(found.layers["up"]["gradient"][0].dense(), wanted) < 1e-5
+    assert model.up.support_avx512bf16_for_cpu
+
+
+def test_training_goes_on_after_an_evaluation(net: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CPUs with bf16 products, where bitsandbytes turns the blocks itself."""
+    from bitsandbytes.functional import has_avx512bf16
+
+    if not has_avx512bf16():
+        pytest.skip("this CPU has no bf16 products")
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", has_avx512bf16)
+    model = pack(net, linear4bit)
+    adapter = hs.adapt(model, config("orthogonal", target_modules=["up"]))
+    gradients = []
+    for _ in range(2):
+        model.train()(x).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in adapter.parameters()])  # type: ignore[union-attr]
+        for parameter in adapter.parameters():
+            parameter.grad = None
+        with torch.no_grad():
+            model.eval()(x)
+    for first, second in zip(*gradients, strict=True):
+        assert torch.equal(first, second)
+        assert bool(first.any())

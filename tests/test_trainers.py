@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import headstart as hs
 from headstart.errors import AdapterState
-from headstart.lora.adapt import adapter_of
+from headstart.lora.adapter import adapter_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from headstart.files.save import save
     from headstart.inits.strategy import Factors, Strategy, register
     from headstart.inits.strategy import names as strategies
-    from headstart.lora.adapt import Adapter, adapt, remove
+    from headstart.lora.adapt import adapt, remove
+    from headstart.lora.adapter import Adapter
     from headstart.lora.calibrate import calibrate
     from headstart.lora.calibration import Calibration
     from headstart.lora.config import LoraConfig
@@ -60,7 +61,8 @@ _HOMES = {
     "files.portable": ("Export", "export"),
     "files.merging.stream": ("merge_checkpoint",),
     "inits": ("Factors", "Strategy", "register"),
-    "lora.adapt": ("Adapter", "adapt", "remove"),
+    "lora.adapt": ("adapt", "remove"),
+    "lora.adapter": ("Adapter",),
     "lora.merge": ("MergeReport", "merge", "unmerge"),
     "lora.calibrate": ("calibrate",),
     "lora.calibration": ("Calibration",),

@@ -21,7 +21,8 @@ from headstart.choose.setting import OPTIMIZERS, Setting
 from headstart.choose.shapes import Matrix, Outline, leaders
 from headstart.inits.small import on_a_small_matrix
 from headstart.lora import matrix
-from headstart.lora.adapt import Adapter, adapt
+from headstart.lora.adapt import adapt
+from headstart.lora.adapter import Adapter
 from headstart.lora.config import LoraConfig
 from headstart.lora.targets import Target, targets
 

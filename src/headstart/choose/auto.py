@@ -22,7 +22,8 @@ from headstart.choose.machine import duration
 from headstart.choose.recommendation import Advice
 from headstart.choose.samples import IN_MEMORY, Sample
 from headstart.errors import BadOption
-from headstart.lora.adapt import Adapter, adapt, remove
+from headstart.lora.adapt import adapt, remove
+from headstart.lora.adapter import Adapter
 from headstart.lora.calls import Loss
 from headstart.lora.config import LoraConfig
 from headstart.lora.rate_search import BATCHES, check_trials, search_rate

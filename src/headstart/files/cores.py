@@ -17,7 +17,7 @@ from torch import Tensor
 from headstart.errors import KeyMismatch
 from headstart.files.adapter import CORES, AdapterFile, few
 from headstart.files.header import read_header
-from headstart.lora.matrix import Layout, Pair
+from headstart.lora.layouts import Layout, Pair
 
 
 def tensors_of(cores: Mapping[str, Pair]) -> dict[str, Tensor]:

@@ -16,9 +16,10 @@ from headstart.files.adapter import AdapterFile, Entry, few, plain_name, read_ad
 from headstart.files.bases import check_bases, check_copy
 from headstart.files.peft_rules import embeddings, ending_in, outputs_scaled
 from headstart.lora import adapt, matrix, quantized
-from headstart.lora.adapt import Adapter
+from headstart.lora.adapter import Adapter
 from headstart.lora.config import LoraConfig
 from headstart.lora.layers import Start
+from headstart.lora.layouts import Convolution, Pair, Parts
 from headstart.lora.report import InitReport
 from headstart.lora.targets import Holders, Target, holders_of
 
@@ -205,7 +206,7 @@ def _factor(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, torch.float32, copy=True).contiguous()
 
 
-def _halves(A: Tensor, B: Tensor) -> tuple[matrix.Pair, matrix.Pair]:
+def _halves(A: Tensor, B: Tensor) -> tuple[Pair, Pair]:
     rank = A.shape[0] // 2
     return (A[:rank], B[:, :rank]), (A[rank:], -B[:, rank:])
 
@@ -222,7 +223,7 @@ def _check_shapes(entry: Entry, target: Target, weight: Tensor, file: AdapterFil
         for b in blocks
     ]
     A, B = target.layout.to_file(*target.layout.pack(like))
-    dense = isinstance(target.layout, matrix.Convolution)  # PEFT's grouped convolutions see every channel
+    dense = isinstance(target.layout, Convolution)  # PEFT's grouped convolutions see every channel
     for letter, found, wanted in (("A", entry.A, A), ("B", entry.B, B)):
         if found.shape != wanted.shape and not (dense and letter == "A" and found.numel() == wanted.numel()):
             raise KeyMismatch(
@@ -230,7 +231,7 @@ def _check_shapes(entry: Entry, target: Target, weight: Tensor, file: AdapterFil
                 f"this model's layer needs {tuple(wanted.shape)}: another base, or a wrong rank in the config"
             )
     layout = target.layout
-    rows = layout.out_features if isinstance(layout, matrix.Parts) else sum(map(len, blocks))
+    rows = layout.out_features if isinstance(layout, Parts) else sum(map(len, blocks))
     if entry.magnitude is not None and entry.magnitude.numel() != rows:
         raise KeyMismatch(f"{file.folder}: the magnitude of {entry.name!r} has {entry.magnitude.numel()} elements")
 

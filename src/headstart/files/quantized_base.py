@@ -19,6 +19,7 @@ from torch import Tensor
 from headstart.errors import KeyMismatch, MetaWeight, WrongBase
 from headstart.files.adapter import TAKEN, AdapterFile
 from headstart.lora import matrix, quantized, rebase
+from headstart.lora.layouts import Pair
 from headstart.lora.quantized import Recipe
 from headstart.lora.rebase import Base
 from headstart.lora.targets import Target
@@ -106,7 +107,7 @@ def base_of(path: str, target: Target, file: AdapterFile) -> Base | None:
     return Base(recipe, rebase.replacement(stored.detach(), target.layout, recipe, taken), taken)
 
 
-def taken_of(path: str, target: Target, file: AdapterFile) -> matrix.Pair | None:
+def taken_of(path: str, target: Target, file: AdapterFile) -> Pair | None:
     """What was taken from a layer's weight before it was quantised, as the layout stores it.
 
     Raises:

@@ -21,11 +21,12 @@ from headstart.files.adapter import CORES, REPORT, TAKEN, Entry, few, no_file_at
 from headstart.files.fields import VERSION
 from headstart.files.peft_rules import OUTPUT, ending_in, outputs_scaled
 from headstart.files.quantized_base import sample
-from headstart.lora import adapt, matrix, merge
-from headstart.lora.adapt import Adapter
+from headstart.lora import matrix, merge
+from headstart.lora.adapter import Adapter, adapter_of, base_name
 from headstart.lora.config import check_rank
 from headstart.lora.delta import Branch, plain_lora
 from headstart.lora.layers import LoraEmbedding, LoraExperts, LoraLayer, TrainedModule, frozen_module
+from headstart.lora.layouts import Convolution, Pair, Parts
 from headstart.lora.rebase import Base
 from headstart.lora.report import InitReport
 
@@ -50,7 +51,7 @@ def save(model: nn.Module, path: str | Path, *, rank: int | None = None) -> dict
         AdapterState: if the model has no adapter. FileError, OutputBusy: if the folder cannot be written;
             what stood there is untouched.
     """
-    adapter = adapt.adapter_of(model)
+    adapter = adapter_of(model)
     no_file_at(Path(path))
     layers = adapter.layers()
     if rank is not None:
@@ -61,9 +62,7 @@ def save(model: nn.Module, path: str | Path, *, rank: int | None = None) -> dict
     entries = outputs_scaled({name: entry for name, (entry, _) in found.items()}, _attentions(layers), 0.5)
     config = {**_fields(adapter, layers), **scales(entries, _pattern_names(layers))}
     origin = _provenance(adapter.report, layers, truncated=rank is not None)
-    if misread := [
-        n for n, layer in layers.items() if layer.read or _is_misread(frozen_module(layer), config["use_dora"])
-    ]:
+    if misread := [name for name, layer in layers.items() if _is_misread(layer, config["use_dora"])]:
         warnings.warn(
             "PEFT ignores dilation and padding_mode, groups under DoRA, a forward of the layer's own, and that a model "
             f"reads a weight: it will compute something else for {few(misread)}. Load this adapter with headstart, or "
@@ -81,9 +80,10 @@ def save(model: nn.Module, path: str | Path, *, rank: int | None = None) -> dict
     return dropped if rank is not None else {}
 
 
-def _is_misread(module: nn.Module, dora: bool) -> bool:
-    """Whether PEFT's own layer would look up or convolve otherwise than the frozen one does."""
-    if matrix.runs_its_own_way(module):
+def _is_misread(layer: LoraLayer, dora: bool) -> bool:
+    """Whether PEFT's own layer would compute otherwise than the frozen one does."""
+    module = frozen_module(layer)
+    if layer.layout.own_way or layer.read:
         return True
     if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return False
@@ -97,7 +97,7 @@ def _entry(name: str, layer: LoraLayer, rank: int | None) -> tuple[Entry, float]
     file_rank *= layer.layout.copies
     alpha = layer.scaling * file_rank
     magnitude = None if layer.magnitude is None else matrix.whole(layer.magnitude)
-    if magnitude is not None and isinstance(layer.layout, matrix.Convolution):
+    if magnitude is not None and isinstance(layer.layout, Convolution):
         magnitude = magnitude.reshape(1, -1, *(1,) * len(layer.layout.kernel))
     return Entry(name, A, B, file_rank, alpha, magnitude, isinstance(layer, LoraEmbedding)), lost
 
@@ -176,8 +176,8 @@ def _extras(adapter: Adapter) -> dict[str, Tensor]:
         if isinstance(module, TrainedModule):
             found |= {f"{name}.{key}": matrix.whole(value) for key, value in module.trained.state_dict().items()}
     for name, parameter in adapter.model.named_parameters():
-        if adapt.base_name(name) in adapter.biases:
-            bias = adapter.aside.get(adapt.base_name(name), parameter.detach())
+        if base_name(name) in adapter.biases:
+            bias = adapter.aside.get(base_name(name), parameter.detach())
             found[name.replace(".original_module.", ".")] = matrix.whole(bias)
     return found
 
@@ -197,7 +197,7 @@ def _provenance(report: InitReport, layers: Mapping[str, LoraLayer], truncated: 
     )
 
 
-def _cores(layers: Mapping[str, LoraLayer]) -> dict[str, matrix.Pair]:
+def _cores(layers: Mapping[str, LoraLayer]) -> dict[str, Pair]:
     """A and the core of the layers that train one."""
     found = ((name, layer.factors[0], layer.core) for name, layer in layers.items())
     return {n: (matrix.whole(A.detach()), matrix.whole(core.detach())) for n, A, core in found if core is not None}
@@ -241,7 +241,7 @@ def _bases(layers: Mapping[str, LoraLayer]) -> dict[str, tuple[Base, Callable[[]
 
 
 def _ranges(layer: LoraLayer) -> list[tuple[int, int]]:
-    return list(layer.layout.ranges) if isinstance(layer.layout, matrix.Parts) else []
+    return list(layer.layout.ranges) if isinstance(layer.layout, Parts) else []
 
 
 def _frozen(layer: LoraLayer) -> str:

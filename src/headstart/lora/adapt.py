@@ -9,12 +9,10 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from headstart.errors import (
     AdapterState,
@@ -23,128 +21,16 @@ from headstart.errors import (
     nearest,
 )
 from headstart.lora import matrix, quantized
+from headstart.lora.adapter import KEY, Adapter, adapter_of, is_pefts, take_out
 from headstart.lora.calibrate import calibrate
 from headstart.lora.calibration import Calibration
 from headstart.lora.config import LoraConfig
 from headstart.lora.layers import LoraLayer, Start, TrainedModule, lora_layers, wrap
-from headstart.lora.layers.encoder import Switch, switches
+from headstart.lora.layers.encoder import switches
 from headstart.lora.layers.read import is_read
-from headstart.lora.rates import Rate
 from headstart.lora.report import InitReport
 from headstart.lora.starts import prepare
-from headstart.lora.targets import Holders, Target, holders_of, inside, with_heads
-
-_KEY = "_headstart_adapter"
-
-
-@dataclass
-class Adapter:
-    """An adapter that is installed in a model.
-
-    Attributes:
-        model: the model, changed in place.
-        config: what it was made from.
-        report: how it was started.
-        holders: where each replaced module stands, and what stood there, in the order of installation.
-        flags: `requires_grad` of every parameter before.
-        biases: the values that the trained biases had before, by their name in the base model.
-        switches: what keeps torch's encoders from computing past the layers.
-        aside: what the trained biases hold, while the adapter is disabled and the model has its own.
-    """
-
-    model: nn.Module
-    config: LoraConfig
-    report: InitReport
-    holders: list[tuple[Holders, nn.Module]] = field(default_factory=list)
-    flags: list[tuple[nn.Parameter, bool]] = field(default_factory=list)
-    biases: dict[str, Tensor] = field(default_factory=dict)
-    switches: list[Switch] = field(default_factory=list)
-    aside: dict[str, Tensor] = field(default_factory=dict)
-
-    def layers(self) -> dict[str, LoraLayer]:
-        """The LoRA layers by name."""
-        return dict(lora_layers(self.model))
-
-    def release(self, layer: LoraLayer, places: Holders) -> None:
-        """Put back what stood where this layer stands: in `places`, in the model or below another layer."""
-        under = layer.base_layer
-        for parent, leaf in places:
-            parent._modules[leaf] = under
-        self.holders = [
-            (places, under if base is layer else base) for places, base in self.holders if base is not under
-        ]
-
-    def parameters(self) -> list[nn.Parameter]:
-        """What trains."""
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-
-    def count(self) -> tuple[int, int]:
-        """Trainable and all parameters."""
-        trained = sum(p.numel() for p in self.parameters())
-        return trained, sum(quantized.elements(p) for p in self.model.parameters())
-
-    def learning_rate(self, base: float | None = None, *, steps: int | None = None) -> Rate:
-        """The peak rate of AdamW that fits this start: `base`, plain LoRA's, times what the start makes of a step.
-
-        It is a float with a `reason`. Without a base, plain LoRA's is guessed from the layers' width; `steps`, the
-        length of the run, makes it surer.
-        `headstart.search_rate` confirms it on data.
-
-        Example:
-            >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
-            >>> rate = adapt(model, LoraConfig(r=4, init_lora_weights="pissa")).learning_rate(base=1e-3)
-            >>> 0 < rate < 1e-3
-            True
-        """
-        return self.report.learning_rate(base, steps=steps)
-
-    @contextmanager
-    def disabled(self) -> Iterator[nn.Module]:
-        """Within this context the model is the base model, to the bit."""
-        switches = [m for m in self.model.modules() if isinstance(m, LoraLayer | TrainedModule)]
-        before = [module.enabled for module in switches]
-        merged = [(layer, layer.weight_parameter) for layer in self.layers().values() if layer.merged]
-        biases = self.trained_biases()
-        trained, outer = {name: bias.data for name, bias in biases.items()}, self.aside
-        try:
-            self.aside = outer or trained
-            for module in switches:
-                module.enabled = False
-            for layer, _ in merged:
-                layer.unmerge()
-            self._switch(off=False)
-            # Through .data: a graph that waits for its backward does not mind a value that comes back.
-            for name, bias in biases.items():
-                bias.data = self.biases[name].to(bias)
-            yield self.model
-        finally:
-            for module, enabled in zip(switches, before, strict=True):
-                module.enabled = enabled
-            for layer, weight in merged:
-                layer.merge(weight)
-            self._switch(off=True)
-            for name, bias in biases.items():
-                bias.data = trained[name]
-            self.aside = outer
-
-    def _switch(self, off: bool) -> None:
-        for switch in self.switches:
-            switch.set(off)
-
-    def trained_biases(self) -> dict[str, nn.Parameter]:
-        """The biases that train, by their name in the base model. Asked anew: sharding replaces parameters."""
-        if not self.biases:
-            return {}
-        named = {base_name(name): parameter for name, parameter in self.model.named_parameters()}
-        return {name: named[name] for name in self.biases}
-
-    def __str__(self) -> str:
-        trainable, total = self.count()
-        share = 100 * trainable / total if total else 0.0
-        return f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}"
-
-    def __repr__(self) -> str:
-        return f"Adapter({self.config.strategy.name!r}, {len(self.layers())} layers, {self})"
+from headstart.lora.targets import Holders, Target, holders_of, with_heads
 
 
 def adapt(
@@ -239,11 +125,12 @@ def install(
             for parent, leaf in holders:
                 parent._modules[leaf] = layer
         adapter.switches = list(switches(model))
-        adapter._switch(off=True)
+        adapter.switch(off=True)
+        adapter.blocks = quantized.keep_blocks(model)
         for parameter, _ in adapter.flags:
             if id(parameter) not in own:
                 parameter.requires_grad_(id(parameter) in trained)
-        model.__dict__[_KEY] = adapter
+        model.__dict__[KEY] = adapter
     except BaseException:  # an interrupt, between two of these lines
         take_out(adapter, keep_trained=False)
         raise
@@ -283,37 +170,11 @@ def trained_biases(
     return {name: parameter for name, parameter in own.items() if parameter is not None}
 
 
-def base_name(name: str) -> str:
-    """The name that a parameter has in the base model."""
-    return ".".join(part for part in name.split(".") if part not in ("base_layer", "original_module"))
-
-
-def adapter_of(model: nn.Module) -> Adapter:
-    """The adapter that is installed in a model.
-
-    Raises:
-        AdapterState: if there is none.
-    """
-    adapter = (inside(model) or model).__dict__.get(_KEY)
-    if not isinstance(adapter, Adapter):
-        if _is_pefts(model):
-            raise AdapterState(
-                "this is a PeftModel: its own save_pretrained, merge_and_unload, unload and disable_adapter serve it"
-            )
-        raise AdapterState(f"{type(model).__name__} has no adapter: adapt(model, config) or load(model, path) first")
-    return adapter
-
-
-def _is_pefts(module: nn.Module) -> bool:
-    """Whether this is a module of PEFT's, as it is or with our branch."""
-    return any(kind.__module__.startswith("peft.") for kind in type(module).__mro__)
-
-
 def check_plain(model: nn.Module) -> None:
     """Refuse a model that is adapted already."""
-    if _KEY in model.__dict__ or any(True for _ in lora_layers(model)):
+    if KEY in model.__dict__ or any(True for _ in lora_layers(model)):
         raise AdapterState("the model has an adapter already: remove(model) or merge(model) it first")
-    if any(map(_is_pefts, model.modules())):
+    if any(map(is_pefts, model.modules())):
         raise AdapterState("the model carries PEFT layers: use headstart.peft for it, or unload them first")
     if any(matrix.is_sharded(p) for p in model.parameters()):
         raise AdapterState("the model is sharded, and a start needs whole weights: adapt it first, then shard it")
@@ -337,36 +198,3 @@ def remove(model: nn.Module) -> nn.Module:
             bias.copy_(adapter.biases[name])
     take_out(adapter, keep_trained=False)
     return model
-
-
-@contextmanager
-def put_back(adapter: Adapter) -> Iterator[None]:
-    """Whatever ends what runs within too early, the layers stand and compute as before."""
-    stood = [(parent, leaf, parent._modules[leaf]) for places, _ in adapter.holders for parent, leaf in places]
-    flags = [(parameter, parameter.requires_grad) for parameter in adapter.model.parameters()]
-    unmerged = [layer for layer in adapter.layers().values() if not layer.merged]
-    try:
-        yield
-    except BaseException:
-        for parent, leaf, module in stood:
-            parent._modules[leaf] = module
-        for layer in unmerged:
-            layer.unmerge()
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        adapter._switch(off=True)
-        adapter.model.__dict__[_KEY] = adapter
-        raise
-
-
-def take_out(adapter: Adapter, keep_trained: bool) -> None:
-    """Put back what stood where the layers stand; modules that were trained in full may stay."""
-    for holders, base in reversed(adapter.holders):
-        for parent, leaf in holders:
-            occupant = parent._modules[leaf]
-            trained = keep_trained and isinstance(occupant, TrainedModule)
-            parent._modules[leaf] = cast(TrainedModule, occupant).trained if trained else base
-    for parameter, flag in adapter.flags:
-        parameter.requires_grad_(flag)
-    adapter._switch(off=False)
-    adapter.model.__dict__.pop(_KEY, None)

@@ -28,7 +28,7 @@ from headstart.lora.fingerprint import fingerprint
 from headstart.lora.layers import lora_layers
 from headstart.lora.observe import Observer, Sharing, is_called, undisturbed
 from headstart.lora.plan import GRADIENTS, Plan
-from headstart.lora.sides import Sides
+from headstart.lora.tokens import Tokens
 
 
 def calibrate(
@@ -176,7 +176,7 @@ class _Pass:
     ) -> None:
         self.plan, self.found, self.leaders, self.calls, self.seen = plan, found, leaders, calls, seen
         self.inputs = "preserved" if preserved else "inputs"
-        self.sides = Sides(calls.model)
+        self.tokens = Tokens(calls.model)
         self.weight = 1.0
         self.gradients = [s for layer in found.values() for s in layer.get("gradient", ())] if calls.backward else []
 
@@ -185,7 +185,7 @@ class _Pass:
         observer.on_input = self._input if self.plan.asks(self.inputs) else None
         if self.calls.backward:
             observer.on_gradient, observer.on_weight = self._gradient, self._weight
-        with observer.watching(), self.sides.watching():
+        with observer.watching(), self.tokens.watching():
             for index, batch in enumerate(stream):
                 if index == halfway and index:
                     for statistic in self.gradients:
@@ -199,7 +199,7 @@ class _Pass:
             self._piece(observer, index, piece)
 
     def _piece(self, observer: Observer, index: int, batch: Any) -> None:
-        self.sides.begin(batch, self.calls.device)
+        self.tokens.begin(batch, self.calls.device)
         observer.sharing, observer.forward = Sharing(), True
         with torch.set_grad_enabled(self.calls.backward):
             value, self.weight = self.calls.forward(batch)
@@ -251,7 +251,7 @@ class _Pass:
 
     def _counted(self, name: str, x: Tensor, rows: Tensor) -> Tensor:
         """Rows made of x, without padding where they are rows of tokens."""
-        return reading.counted(rows, x.shape, self.sides.mask(self.plan.targets[name].module, x))
+        return reading.counted(rows, x.shape, self.tokens.mask(self.plan.targets[name].module, x))
 
     def _check_sharing(self, sharing: Sharing, index: int) -> None:
         self.seen.layers |= sharing.seen.keys()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from headstart import linalg
 from headstart.lora import matrix, quantized
-from headstart.lora.matrix import Layout, Pair
+from headstart.lora.layouts import Layout, Pair, Parts
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ def _row_norms(layout: Layout, weight: Tensor, branch: Branch, squared: list[Ten
 
 def _whole(layout: Layout, branch: Branch) -> tuple[Layout, Branch]:
     """A fused projection as one matrix: DoRA has a magnitude for its untouched rows too."""
-    if not isinstance(layout, matrix.Parts):
+    if not isinstance(layout, Parts):
         return layout, branch
     A, B = layout.dense(branch.A, branch.B)
     anchor = layout.dense(*branch.anchor) if branch.anchor else None

@@ -1,249 +1,22 @@
 """Any layer's weight as matrices of shape (out, in): the only border between storage and mathematics.
 
-    Linear             weight (m, n)               one block: W
-    Conv1D, Embedding  weight (n, m)               one block: Wᵀ
-    Conv1d/2d/3d       weight (m, n/g, *k)         g blocks of (m/g, n/g·∏k)
-    fused projection   weight (m, n), row ranges   one block a range: W[start:stop]
-    experts            weight (e, m, n)            e blocks of (m, n)
-    attention          in_proj_weight (3d, d)      one block
-
-Every block is a view: what is written to it is written to the weight.
-A `Layout` also says how the blocks' factors are stored as two tensors, and how those tensors stand in PEFT's files.
+Which matrices those are, `layouts.py` says; here are the modules that hold them: which layout they have, whether they
+are called as their kind is, and how a weight is read and put, sharded, quantised or without values.
 """
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headstart.errors import BadOption, BadRank, UnsupportedLayer
+from headstart.errors import BadOption, UnsupportedLayer
 from headstart.lora import quantized
-
-Pair = tuple[Tensor, Tensor]
-Ranges = tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """One matrix, stored as it is (m, n) or transposed (n, m). The factors are stored as they are."""
-
-    transposed: bool = False
-    kind: str = "linear"
-
-    @property
-    def copies(self) -> int:
-        """How many times the configured rank stands in the stored tensors."""
-        return 1
-
-    def blocks(self, weight: Tensor) -> list[Tensor]:
-        """Views of the weight, each (m, n)."""
-        return [weight.T if self.transposed else weight]
-
-    def block_rank(self, rank: int) -> int:
-        """The rank of one block where the layer as a whole is given `rank`."""
-        return rank
-
-    def reading(self, module: nn.Module) -> tuple[object, ...]:
-        """How the rows of an input are read: layers that read the same input alike multiply the same rows."""
-        return ()
-
-    def input_rows(self, module: nn.Module, x: Tensor) -> list[Tensor]:
-        """What each block multiplies, (T, n), from the layer's input."""
-        return [x.reshape(-1, x.shape[-1])]
-
-    def output_rows(self, module: nn.Module, y: Tensor) -> list[Tensor]:
-        """What each block gives, (T, m), from the layer's output or its gradient."""
-        return [y.reshape(-1, y.shape[-1])]
-
-    def pack(self, pairs: Sequence[Pair]) -> Pair:
-        """The blocks' (A, B) → the two stored tensors."""
-        ((A, B),) = pairs
-        return A, B
-
-    def unpack(self, A: Tensor, B: Tensor) -> list[Pair]:
-        """The two stored tensors → the blocks' (A, B)."""
-        return [(A, B)]
-
-    def with_core(self, A: Tensor, B: Tensor, core: Tensor) -> Pair:
-        """The stored tensors of B·R·A, from a core R (blocks, r, r). Differentiable."""
-        return self.pack([(R @ a, b) for R, (a, b) in zip(core, self.unpack(A, B), strict=True)])
-
-    def dense(self, A: Tensor, B: Tensor) -> Pair:
-        """The stored tensors as one pair (k, n), (m, k) for the forward. Differentiable."""
-        return A, B
-
-    def product(self, A: Tensor, B: Tensor) -> Tensor:
-        """B·A, as the weight is stored. Differentiable."""
-        A, B = self.dense(A, B)
-        return (B @ A).mT if self.transposed else B @ A
-
-    def to_file(self, A: Tensor, B: Tensor) -> Pair:
-        """The stored tensors as PEFT writes them."""
-        return A, B
-
-    def from_file(self, A: Tensor, B: Tensor) -> Pair:
-        """What PEFT wrote → the stored tensors."""
-        return A, B
-
-
-@dataclass(frozen=True)
-class Convolution(Layout):
-    """g independent matrices (m/g, n/g·∏k). A: (r, n/g, *k), B: (m, r/g, 1, …), as grouped convolutions read them."""
-
-    groups: int = 1
-    channels: int = 1
-    kernel: tuple[int, ...] = (1,)
-    kind: str = "conv"
-
-    def blocks(self, weight: Tensor) -> list[Tensor]:
-        return list(weight.reshape(self.groups, weight.shape[0] // self.groups, -1))
-
-    def block_rank(self, rank: int) -> int:
-        if rank % self.groups:
-            raise BadRank(
-                f"rank {rank} cannot be shared among {self.groups} groups: choose a multiple of {self.groups}, "
-                "or leave this layer out"
-            )
-        return rank // self.groups
-
-    def reading(self, module: nn.Module) -> tuple[object, ...]:
-        assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        edges = tuple(module._reversed_padding_repeated_twice)
-        return self.groups, self.kernel, tuple(module.stride), tuple(module.dilation), edges, module.padding_mode
-
-    def input_rows(self, module: nn.Module, x: Tensor) -> list[Tensor]:
-        assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        x = x if x.ndim == len(self.kernel) + 2 else x[None]
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        x = nn.functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
-        for i, size in enumerate(self.kernel):
-            x = x.unfold(2 + i, (size - 1) * module.dilation[i] + 1, module.stride[i])[..., :: module.dilation[i]]
-        rows = x.movedim(1, len(self.kernel) + 1)  # (b, *out, c, *k)
-        rows = rows.reshape(-1, self.groups, self.channels // self.groups * math.prod(self.kernel))
-        return list(rows.unbind(1))
-
-    def output_rows(self, module: nn.Module, y: Tensor) -> list[Tensor]:
-        y = y if y.ndim == len(self.kernel) + 2 else y[None]
-        rows = y.movedim(1, -1)
-        return list(rows.reshape(-1, self.groups, rows.shape[-1] // self.groups).unbind(1))
-
-    def pack(self, pairs: Sequence[Pair]) -> Pair:
-        A = torch.cat([A for A, _ in pairs])
-        B = torch.cat([B for _, B in pairs])
-        ones = (1,) * len(self.kernel)
-        return A.reshape(len(A), self.channels // self.groups, *self.kernel), B.reshape(*B.shape, *ones)
-
-    def unpack(self, A: Tensor, B: Tensor) -> list[Pair]:
-        if self.is_dense(A):
-            raise UnsupportedLayer(
-                f"this adapter of a convolution with {self.groups} groups mixes the groups, as PEFT's do: "
-                "it cannot be written as a change of the weight (use it unmerged)"
-            )
-        a = A.reshape(self.groups, A.shape[0] // self.groups, -1)
-        b = B.reshape(self.groups, B.shape[0] // self.groups, -1)
-        return list(zip(a, b, strict=True))
-
-    def is_dense(self, A: Tensor) -> bool:
-        """Whether A sees all channels although the layer is grouped: what PEFT trains, and what cannot be merged."""
-        return self.groups > 1 and A.shape[1] == self.channels
-
-    def product(self, A: Tensor, B: Tensor) -> Tensor:
-        whole = torch.cat([b @ a for a, b in self.unpack(A, B)])
-        return whole.reshape(len(whole), self.channels // self.groups, *self.kernel)
-
-    def to_file(self, A: Tensor, B: Tensor) -> Pair:
-        if self.groups == 1 or self.is_dense(A):
-            return A, B
-        rank, width = A.shape[0] // self.groups, self.channels // self.groups
-        full = A.new_zeros(A.shape[0], self.channels, *self.kernel)
-        for g in range(self.groups):
-            rows, columns = slice(g * rank, (g + 1) * rank), slice(g * width, (g + 1) * width)
-            full[rows, columns] = A[rows]
-        return full, B
-
-    def from_file(self, A: Tensor, B: Tensor) -> Pair:
-        if not self.is_dense(A):
-            return A, B
-        rank, width = A.shape[0] // self.groups, self.channels // self.groups
-        spans = [(slice(g * rank, (g + 1) * rank), slice(g * width, (g + 1) * width)) for g in range(self.groups)]
-        own = torch.cat([A[rows, columns] for rows, columns in spans])
-        # Only where the file holds nothing outside the groups are the two forms the same adapter.
-        return (own, B) if torch.equal(self.to_file(own, B)[0], A) else (A, B)
-
-
-@dataclass(frozen=True)
-class Parts(Layout):
-    """Some row ranges of a fused projection, each with factors of its own (loralib's MergedLinear).
-
-    A: (k·r, n), B: (Σ mᵢ, r): the parts below one another. As one pair, B is block-structured: (m, k·r).
-    """
-
-    ranges: Ranges = ()
-    out_features: int = 0
-
-    @property
-    def copies(self) -> int:
-        return len(self.ranges)
-
-    def blocks(self, weight: Tensor) -> list[Tensor]:
-        (whole,) = super().blocks(weight)
-        return [whole[start:stop] for start, stop in self.ranges]
-
-    def input_rows(self, module: nn.Module, x: Tensor) -> list[Tensor]:
-        return super().input_rows(module, x) * self.copies
-
-    def output_rows(self, module: nn.Module, y: Tensor) -> list[Tensor]:
-        (whole,) = super().output_rows(module, y)
-        return [whole[:, start:stop] for start, stop in self.ranges]
-
-    def pack(self, pairs: Sequence[Pair]) -> Pair:
-        return torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs])
-
-    def unpack(self, A: Tensor, B: Tensor) -> list[Pair]:
-        sizes = [stop - start for start, stop in self.ranges]
-        return list(zip(A.chunk(self.copies), torch.split(B, sizes), strict=True))
-
-    def dense(self, A: Tensor, B: Tensor) -> Pair:
-        rank = B.shape[1]
-        full = B.new_zeros(self.out_features, A.shape[0])
-        for i, ((start, stop), (_, part)) in enumerate(zip(self.ranges, self.unpack(A, B), strict=True)):
-            full[start:stop, i * rank : (i + 1) * rank] = part
-        return A, full
-
-    def to_file(self, A: Tensor, B: Tensor) -> Pair:
-        return self.dense(A, B)
-
-    def from_file(self, A: Tensor, B: Tensor) -> Pair:
-        rank = A.shape[0] // self.copies
-        return A, torch.cat([B[s:e, i * rank : (i + 1) * rank] for i, (s, e) in enumerate(self.ranges)])
-
-
-@dataclass(frozen=True)
-class Experts(Layout):
-    """e matrices in one parameter, (e, m, n) or (e, n, m). A: (e, r, n), B: (e, m, r)."""
-
-    count: int = 1
-
-    def blocks(self, weight: Tensor) -> list[Tensor]:
-        return list(weight.mT if self.transposed else weight)
-
-    def pack(self, pairs: Sequence[Pair]) -> Pair:
-        return torch.stack([A for A, _ in pairs]), torch.stack([B for _, B in pairs])
-
-    def unpack(self, A: Tensor, B: Tensor) -> list[Pair]:
-        return list(zip(A, B, strict=True))
-
-    def to_file(self, A: Tensor, B: Tensor) -> Pair:
-        return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
-
-    def from_file(self, A: Tensor, B: Tensor) -> Pair:
-        return A.reshape(self.count, -1, A.shape[1]), B.reshape(len(B), -1, self.count).permute(2, 0, 1).contiguous()
+from headstart.lora.layouts import Convolution, Experts, Layout, Parts, Ranges
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -257,16 +30,41 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
-def runs_its_own_way(module: nn.Module) -> bool:
-    """Whether a lookup or a convolution has a forward of its own: it offsets, pads, normalises, … as it likes.
+def _runs_its_own_way(module: nn.Module) -> bool:
+    """Whether a forward of the layer's own offsets, pads, normalises, … as it likes.
 
-    No branch beside it follows that. A lookup that is only scaled (`embed_scale`) is none of these; one that has other
-    parameters too puts them into its rows.
+    A lookup that is only scaled (`embed_scale`) does not; one that has other parameters too puts them into its rows.
     """
-    kind = next((k for k in (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(module, k)), None)
-    if kind is None or type(module).forward is kind.forward or quantized.is_quantized(module._parameters["weight"]):
+    kind = next((kind for kind in _CALLED if isinstance(module, kind)), None)
+    if kind is None or type(module).forward is kind.forward or quantized.is_quantized(module._parameters.get("weight")):
         return False
-    return not isinstance(module, nn.Embedding) or embed_scale(module) is None or len(module._parameters) > 1
+    if isinstance(module, nn.Embedding):
+        return embed_scale(module) is None or len(module._parameters) > 1
+    return not (isinstance(module, nn.Linear) and _is_a_product(module))
+
+
+def _is_a_product(module: nn.Linear) -> bool:
+    """Whether W·x + b is all that the forward of a Linear gives: tried once, with two rows.
+
+    What more it may hold, a gain or a mask, may be without effect today and not tomorrow. Without values only the
+    shape is told.
+    """
+    weight = module._parameters["weight"]
+    if weight is None or len(module._parameters) > 2 or module._buffers or module._modules:
+        return False
+    if is_sharded(weight):
+        return True
+    with torch.no_grad():
+        try:
+            x = weight.new_ones(1, 2, weight.shape[1]).cumsum(-1).sin()
+            x[:, 1] *= 2
+            found = type(module).forward(module, x)
+        except Exception:  # whatever it asks for beside rows
+            return False
+        wanted = F.linear(x, weight, module.bias)
+        if not isinstance(found, Tensor) or found.shape != wanted.shape:
+            return False
+        return is_hollow(weight) or bool((found - wanted).norm() <= 0.01 * wanted.norm())
 
 
 def embed_scale(module: nn.Module) -> Tensor | float | None:
@@ -287,8 +85,9 @@ def layout(module: nn.Module, parameter: str = "weight", parts: Sequence[object]
         UnsupportedLayer: if no layout is known for it.
         BadOption: if `parts` does not describe its rows.
     """
+    own_way = parameter == "weight" and _runs_its_own_way(module)
     if parts is not None:
-        return _parts(module, parts)
+        return _parts(module, parts, own_way)
     if parameter != "weight" or not (isinstance(module, _KINDS) or is_conv1d(module)):
         return _experts(module, parameter)
     if isinstance(module, nn.MultiheadAttention):
@@ -298,13 +97,15 @@ def layout(module: nn.Module, parameter: str = "weight", parts: Sequence[object]
             raise UnsupportedLayer("an adapted attention is not called itself, so its hooks would be lost: remove them")
         return Layout()
     if isinstance(module, nn.Embedding):
-        return Layout(transposed=True, kind="embedding")
+        return Layout(transposed=True, kind="embedding", own_way=own_way)
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return Convolution(groups=module.groups, channels=module.in_channels, kernel=tuple(module.kernel_size))
-    return Layout(transposed=is_conv1d(module))
+        kernel = tuple(module.kernel_size)
+        return Convolution(groups=module.groups, channels=module.in_channels, kernel=kernel, own_way=own_way)
+    return Layout(transposed=is_conv1d(module), own_way=own_way)
 
 
-_KINDS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+_CALLED = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_KINDS = (*_CALLED, nn.MultiheadAttention)
 
 
 def _experts(module: nn.Module, parameter: str) -> Layout:
@@ -327,7 +128,7 @@ def _experts(module: nn.Module, parameter: str) -> Layout:
     )
 
 
-def _parts(module: nn.Module, parts: Sequence[object]) -> Parts:
+def _parts(module: nn.Module, parts: Sequence[object], own_way: bool) -> Parts:
     if not is_linear(module):
         raise UnsupportedLayer(f"`parts` needs a Linear or Conv1D, not {type(module).__name__}")
     transposed = is_conv1d(module)
@@ -344,7 +145,7 @@ def _parts(module: nn.Module, parts: Sequence[object]) -> Parts:
     ends = [0, *(edge for span in ranges for edge in span), rows]
     if not ranges or sorted(ends) != ends or any(a == b for a, b in ranges):
         raise BadOption(f"parts {ranges} are not ascending, separate row ranges within 0 to {rows}")
-    return Parts(transposed=transposed, ranges=ranges, out_features=rows)
+    return Parts(transposed=transposed, ranges=ranges, out_features=rows, own_way=own_way)
 
 
 def _is_flag(part: object) -> bool:

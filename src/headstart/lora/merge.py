@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from headstart import linalg
 from headstart.errors import AdapterState, BadOption, MetaWeight, NonFiniteWeight
 from headstart.lora import delta, matrix, quantized
-from headstart.lora.adapt import Adapter, adapter_of, put_back, take_out
+from headstart.lora.adapter import Adapter, adapter_of, put_back, take_out
 from headstart.lora.layers import LoraLayer, frozen_module
 from headstart.lora.targets import Holders, holders_of
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from headstart.errors import CalibrationError
-from headstart.lora import matrix
+from headstart.lora import matrix, quantized
 from headstart.lora.layers.read import is_read
 from headstart.lora.targets import Target
 
@@ -75,7 +75,7 @@ def is_called(target: Target) -> bool:
     An attention projects within itself, its output projection included; a layer with a forward of its own may change
     what it is given, or its weight; some are read and never called; and a bare parameter is anyone's.
     """
-    if target.parameter != "weight" or matrix.runs_its_own_way(target.module):
+    if target.parameter != "weight" or target.layout.own_way:
         return False
     inside = isinstance(target.module, nn.MultiheadAttention | nn.modules.linear.NonDynamicallyQuantizableLinear)
     return not inside and not is_read(target.module, target.holders)
@@ -162,6 +162,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     caches = getattr(config, "use_cache", None)
     fast = torch.backends.mha.get_fastpath_enabled()  # torch's encoders compute past their modules on it
     devices = sorted({p.device.index or 0 for p, _, _ in flags if p.device.type == "cuda"})
+    blocks = quantized.keep_blocks(model)
     try:
         with torch.random.fork_rng(devices=devices):
             _rest(model)
@@ -175,6 +176,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             torch.backends.mha.set_fastpath_enabled(False)
             yield
     finally:
+        quantized.release_blocks(blocks)
         torch.backends.mha.set_fastpath_enabled(fast)
         for module, training in modes:
             module.training = training

@@ -41,7 +41,7 @@ from torch.optim.adamw import adamw
 from headstart.errors import AdapterState, BadOption
 from headstart.lora import matrix
 from headstart.lora.layers import LoraLayer
-from headstart.lora.matrix import Layout, Pair
+from headstart.lora.layouts import Convolution, Experts, Layout, Pair, Parts
 
 Group = dict[str, Any]
 
@@ -169,7 +169,7 @@ def _pairs(model: nn.Module) -> Iterator[tuple[Layout, tuple[nn.Parameter, nn.Pa
             yield _layout(model.get_submodule(".".join(parts[:at])), A, B), (A, B)
 
 
-class _PeftExperts(matrix.Experts):
+class _PeftExperts(Experts):
     """Experts as PEFT keeps them, A (e·r, n) and B (m, r·e), seen as one batch."""
 
     def unpack(self, A: Tensor, B: Tensor) -> list[Pair]:
@@ -185,14 +185,14 @@ def _layout(layer: nn.Module, A: Tensor, B: Tensor) -> Layout:
     library = sys.modules.get("peft.tuners.lora.layer")
     if library is not None and isinstance(layer, library.ParamWrapper):
         return _PeftExperts(count=layer.num_experts)
-    if isinstance(layer, LoraLayer) and isinstance(layer.layout, matrix.Parts):
+    if isinstance(layer, LoraLayer) and isinstance(layer.layout, Parts):
         return layer.layout
-    if isinstance(layer, LoraLayer) and isinstance(layer.layout, matrix.Experts):
+    if isinstance(layer, LoraLayer) and isinstance(layer.layout, Experts):
         return Layout()  # (e, r, n) and (e, m, r) are a batch as they are.
     if A.ndim > 2:
         # By their shapes, so that PEFT's are understood too: in those of several groups A sees all channels.
         groups = A.shape[0] // B.shape[1]
-        return matrix.Convolution(groups=groups, channels=groups * A.shape[1], kernel=tuple(A.shape[2:]))
+        return Convolution(groups=groups, channels=groups * A.shape[1], kernel=tuple(A.shape[2:]))
     return Layout()
 
 

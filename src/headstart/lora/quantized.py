@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,19 +164,51 @@ def values(parameter: Any, module: nn.Module) -> Tensor:
 
 def _values_4bit(parameter: Any) -> Tensor:
     functional, state = sys.modules["bitsandbytes.functional"], _state_of(parameter)
-    if not _is_repacked(state):
-        return functional.dequantize_4bit(parameter.data, state)  # type: ignore[no-any-return]
-    # On CPUs with bf16 products, bitsandbytes turns the blocks of a layer around at its first evaluation, and rounds
-    # its scales to bf16. What it offers to turn them back does not turn the scales.
-    turned = copy.copy(state)
-    turned.original_nested = False
-    codes, turned = functional._convert_weight_packed_for_cpu_inverse(parameter.data, turned)
-    turned.absmax = state.absmax.T.reshape(-1).float()
-    return functional.dequantize_4bit(codes, turned)  # type: ignore[no-any-return]
+    codes, state = _turned_back(parameter.data, copy.copy(state)) if _is_turned(state) else (parameter.data, state)
+    return functional.dequantize_4bit(codes, state)  # type: ignore[no-any-return]
 
 
-def _is_repacked(state: Any) -> bool:
-    return bool(vars(state).get("packing_format_for_cpu", False))
+def keep_blocks(model: nn.Module) -> list[nn.Module]:
+    """Keep bitsandbytes from turning the blocks of 4-bit layers around, and turn back those that are.
+
+    On CPUs with bf16 products it turns a layer's at its first evaluation, and multiplies from then on by an operation
+    without a gradient: training after an evaluation would end there, with no more than a warning.
+
+    Returns:
+        The layers that turned, or would have: `release_blocks` gives them back.
+    """
+    found = [module for module in model.modules() if module.__dict__.get(_TURNS)]
+    for module in found:
+        module.__dict__[_TURNS] = False
+        weight: Any = module._parameters["weight"]
+        if _is_turned(weight.quant_state):
+            weight.data, _ = _turned_back(weight.data, weight.quant_state)
+    return found
+
+
+def release_blocks(layers: Iterable[nn.Module]) -> None:
+    """Let the blocks be turned again, at the next evaluation."""
+    for module in layers:
+        module.__dict__[_TURNS] = True
+
+
+_TURNS = "support_avx512bf16_for_cpu"
+
+
+def _is_turned(state: Any) -> bool:
+    return state is not None and bool(vars(state).get("packing_format_for_cpu", False))
+
+
+def _turned_back(codes: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """Codes and state, which is written to, as they were but for scales that were rounded to bf16 and are not nested.
+
+    What bitsandbytes offers does not turn the scales.
+    """
+    nested, scales = state.original_nested, state.absmax
+    state.original_nested = False
+    codes, _ = sys.modules["bitsandbytes.functional"]._convert_weight_packed_for_cpu_inverse(codes, state)
+    state.original_nested, state.absmax = nested, scales.T.reshape(-1).float()
+    return codes, state
 
 
 def _is_nested(state: Any) -> bool:

@@ -54,11 +54,14 @@ class Allocation:
         """The layers without a rank."""
         return [name for name, rank in self.ranks.items() if not rank]
 
-    def patterns(self, r: int, alpha: float, *, use_rslora: bool = False) -> tuple[dict[str, int], dict[str, float]]:
-        r"""`rank_pattern` and `alpha_pattern` for the layers whose rank is not r, by full name.
+    def patterns(
+        self, r: int, alpha: float, *, use_rslora: bool = False, scalings: Mapping[str, float] | None = None
+    ) -> tuple[dict[str, int], dict[str, float]]:
+        r"""`rank_pattern` and `alpha_pattern` for the layers whose rank or α is not r or α, by full name.
 
-        α follows the rank so that every layer keeps the scaling of (r, α): α_l = α·r_l/r, or α·√(r_l/r) with rsLoRA.
-        The anchor ^ keeps PEFT, which matches a suffix, from finding one layer's name at the end of another's.
+        α follows the rank so that every layer keeps its scaling, that of (r, α) where `scalings` has no other for it:
+        α_l = s_l·r_l, or s_l·√r_l with rsLoRA. The anchor ^ keeps PEFT, which matches a suffix, from finding one
+        layer's name at the end of another's.
 
         Example:
             >>> allocation = Allocation({"h.0.q": 4, "h.0.v": 16, "h.1.q": 0, "h.1.v": 8}, parameters=448)
@@ -66,10 +69,13 @@ class Allocation:
             ({'^h\\.0\\.q': 4, '^h\\.0\\.v': 16}, {'^h\\.0\\.q': 8.0, '^h\\.0\\.v': 32.0})
         """
         power = 0.5 if use_rslora else 1.0
-        changed = {name: rank for name, rank in self.ranks.items() if rank not in (0, r)}
-        ranks = {f"^{re.escape(name)}": rank for name, rank in changed.items()}
-        alphas = {f"^{re.escape(name)}": alpha * (rank / r) ** power for name, rank in changed.items()}
-        return ranks, alphas
+        given = {name: rank for name, rank in self.ranks.items() if rank}
+        kept = dict.fromkeys(given, alpha / r**power) | dict(scalings or {})
+        alphas = {name: kept[name] * rank**power for name, rank in given.items()}
+        return (
+            {f"^{re.escape(name)}": rank for name, rank in given.items() if rank != r},
+            {f"^{re.escape(name)}": own for name, own in alphas.items() if not math.isclose(own, alpha)},
+        )
 
 
 def allocate(

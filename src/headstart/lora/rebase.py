@@ -23,7 +23,7 @@ from headstart import linalg
 from headstart.errors import BadOption, MetaWeight
 from headstart.inits.strategy import QUANTIZER, Factors
 from headstart.lora import matrix, quantized
-from headstart.lora.matrix import Layout, Pair
+from headstart.lora.layouts import Layout, Pair, Parts
 from headstart.lora.quantized import Recipe
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -112,7 +112,7 @@ def base_of(material: Material, layout: Layout, found: Sequence[Factors]) -> Bas
         return Base(material.recipe)
     pairs = [f.taken for f in found if f.taken is not None]
     taken = layout.pack(pairs) if any(bool(B.any()) for _, B in pairs) else None
-    if isinstance(layout, matrix.Parts):  # the rows between the parts are quantised too
+    if isinstance(layout, Parts):  # the rows between the parts are quantised too
         Q = replacement(material.weight, layout, material.recipe, taken)
         return Base(material.recipe, Q, taken)
     Q = torch.empty_like(material.weight)
@@ -136,7 +136,7 @@ def subtracted(weight: Tensor, layout: Layout, taken: Pair) -> Tensor:
 def replacement(weight: Tensor, layout: Layout, recipe: Recipe, taken: Pair | None) -> Tensor:
     """q(W − B·A), as the weight is stored: what `base_of` found, made again."""
     rest, Q = weight if taken is None else subtracted(weight, layout, taken), torch.empty_like(weight)
-    whole = Layout(transposed=layout.transposed) if isinstance(layout, matrix.Parts) else layout
+    whole = Layout(transposed=layout.transposed) if isinstance(layout, Parts) else layout
     for block, source in zip(whole.blocks(Q), whole.blocks(rest), strict=True):
         block.copy_(recipe.image(source))
     return Q

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping, Sequence
 
@@ -92,25 +91,15 @@ def redistribute(
             f"no layer is given a rank: the cheapest takes {min(costs.values())} parameters a rank. Raise the budget "
             "or the maximum"
         )
-    ranks, _ = allocation.patterns(config.r, config.lora_alpha)
+    scalings = {target.name: target.scaling for target in chosen}
+    ranks, alphas = allocation.patterns(config.r, config.lora_alpha, use_rslora=config.use_rslora, scalings=scalings)
     changed = dataclasses.replace(
         config,
         rank_pattern=ranks,
-        alpha_pattern=_alphas(config, chosen, allocation),
+        alpha_pattern=alphas,
         exclude_modules=_without(config.exclude_modules, allocation),
     )
     return changed, allocation
-
-
-def _alphas(config: LoraConfig, chosen: Sequence[Target], allocation: Allocation) -> dict[str, float]:
-    """α of the layers for which it is not the config's: with its new rank every layer has the scaling that it had."""
-    power = 0.5 if config.use_rslora else 1.0
-    found = {target.name: target.scaling * allocation.ranks[target.name] ** power for target in chosen}
-    return {
-        f"^{re.escape(name)}": alpha
-        for name, alpha in found.items()
-        if allocation.ranks[name] and not math.isclose(alpha, config.lora_alpha)
-    }
 
 
 def _scores(

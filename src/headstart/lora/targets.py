@@ -17,6 +17,7 @@ from torch import nn
 from headstart.errors import AdapterState, BadOption, BadRank, NoTarget, TargetError, UnsupportedLayer, nearest
 from headstart.lora import matrix
 from headstart.lora.config import LoraConfig
+from headstart.lora.layouts import Layout
 
 Holders = tuple[tuple[nn.Module, str], ...]
 
@@ -51,7 +52,7 @@ class Target:
     module: nn.Module
     holders: Holders
     parameter: str
-    layout: matrix.Layout
+    layout: Layout
     rank: int
     alpha: float
     scaling: float
@@ -117,9 +118,11 @@ def _target(name: str, module: nn.Module, holders: Holders, parameter: str, conf
             raise UnsupportedLayer("the model itself cannot be replaced: put it into a module and adapt that")
         if config.use_dora and isinstance(module, nn.MultiheadAttention):
             raise UnsupportedLayer("use_dora is not defined for attention: exclude it, or leave use_dora out")
-        if config.lora_dropout and layout.kind == "conv" and matrix.runs_its_own_way(module):
-            kind = type(module).__name__
-            raise UnsupportedLayer(f"{kind} convolves in its own way, without a place for dropout: set lora_dropout=0")
+        if config.lora_dropout and layout.own_way and layout.kind != "embedding":  # indices are not dropped anywhere
+            raise UnsupportedLayer(
+                f"{type(module).__name__} has a forward of its own, and its input cannot be dropped on the branch "
+                "alone: set lora_dropout=0, or exclude it"
+            )
     except (TargetError, BadRank, BadOption) as error:
         raise type(error)(f"{error} (layer {name!r})") from None
     return Target(name, module, holders, parameter, layout, rank, alpha, config.scaling(rank, alpha))

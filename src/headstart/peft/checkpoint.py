@@ -39,7 +39,8 @@ from headstart.lora import matrix, quantized
 from headstart.lora.delta import Branch, plain_lora
 from headstart.lora.layers import Start
 from headstart.lora.report import InitReport
-from headstart.peft.layers import ParamWrapper, ShellAttention, ShellEmbedding, ShellLayer, shell_layers
+from headstart.peft.layers import ParamWrapper, ShellAttention, ShellEmbedding
+from headstart.peft.shell import ShellLayer, shell_layers
 from headstart.peft.tuner import ShellTuner
 
 State = Mapping[str, Tensor]

@@ -18,7 +18,8 @@ from headstart.errors import AdapterState, UnsupportedLayer
 from headstart.lora import matrix, quantized
 from headstart.lora.layers import Start
 from headstart.lora.targets import Target
-from headstart.peft.layers import ShellAttention, ShellLayer, exchange, is_served
+from headstart.peft.layers import ShellAttention, exchange, is_served
+from headstart.peft.shell import ShellLayer
 
 # What PEFT warns of at injection, and what does not hold with our layers.
 _UNTRUE = (

@@ -22,7 +22,7 @@ from headstart.lora.targets import with_heads
 from headstart.peft import checkpoint
 from headstart.peft.config import check_loaded, own_config, peft_config
 from headstart.peft.inject import adopt, enter, injection, unwrapped
-from headstart.peft.layers import shell_layers
+from headstart.peft.shell import shell_layers
 from headstart.peft.tuner import Originals, ShellTuner
 
 # Arguments of PEFT's load_adapter that say nothing about which values are meant.

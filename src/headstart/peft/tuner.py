@@ -12,10 +12,11 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from headstart.errors import AdapterState, NonFiniteWeight
-from headstart.lora.adapt import base_name
+from headstart.lora import quantized
+from headstart.lora.adapter import base_name
 from headstart.lora.layers.encoder import Switch, switches
 from headstart.peft.inject import take_apart
-from headstart.peft.layers import ShellLayer, shell_layers
+from headstart.peft.shell import ShellLayer, shell_layers
 
 
 class Originals:
@@ -25,12 +26,14 @@ class Originals:
         flags: `requires_grad` of the base's parameters.
         biases: of the biases that train, the base's values by their name in the base.
         switches: what keeps torch's encoders from computing past the layers.
+        blocks: the 4-bit layers that bitsandbytes is kept from turning around.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         self.biases: dict[str, Tensor] = {}
         self.switches: list[Switch] = []
+        self.blocks: list[nn.Module] = []
         # While the adapters are disabled: what enabling puts back.
         self.trained: dict[str, Tensor] = {}
         self.asleep: list[tuple[nn.Parameter, bool]] = []
@@ -43,13 +46,14 @@ class ShellTuner(lora.LoraModel):
     originals: Originals
 
     def settle(self, biases: Mapping[str, nn.Parameter], trainable: bool) -> None:
-        """After an injection: let these biases train, and keep torch's encoders off their fast path."""
+        """After an injection: let these biases train, and keep encoders and 4-bit layers from what has no gradient."""
         for name, parameter in biases.items():
             self.originals.biases.setdefault(name, parameter.detach().clone())
             parameter.requires_grad_(trainable)
         self._switch(off=False)
         self.originals.switches = list(switches(self.model, ShellLayer))
         self._switch(off=True)
+        self.originals.blocks += quantized.keep_blocks(self.model)
 
     def biases(self) -> dict[str, nn.Parameter]:
         """The biases that train, by name."""
@@ -140,6 +144,8 @@ class ShellTuner(lora.LoraModel):
         for parameter, flag in self.originals.flags:
             parameter.requires_grad_(flag)
         self._switch(off=False)
+        quantized.release_blocks(self.originals.blocks)
+        self.originals.blocks = []
         self.model.__dict__.pop("peft_config", None)  # which 0.18 leaves behind
 
     @contextmanager

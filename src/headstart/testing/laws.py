@@ -14,7 +14,7 @@ from headstart.errors import HeadstartError, NonFiniteWeight, UnsupportedLayer
 from headstart.inits import strategy as registry
 from headstart.lora import matrix
 from headstart.lora.layers import Start
-from headstart.lora.matrix import Layout
+from headstart.lora.layouts import Layout
 from headstart.lora.starts import start_of
 from headstart.lora.targets import Target, targets
 from headstart.testing.cases import RANK, Case, bits, fingerprint, known_of_rows, products, rounding, same, train

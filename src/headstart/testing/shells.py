@@ -10,6 +10,7 @@ from torch import nn
 from headstart.files.load import load
 from headstart.files.save import save
 from headstart.lora import adapt as lora
+from headstart.lora.adapter import adapter_of
 from headstart.lora.config import LoraConfig
 from headstart.lora.merge import merge, unmerge
 
@@ -38,7 +39,7 @@ class Native:
         return lora.adapt(model, config, **known).model
 
     def disabled(self, model: nn.Module) -> AbstractContextManager[object]:
-        return lora.adapter_of(model).disabled()
+        return adapter_of(model).disabled()
 
     def save(self, model: nn.Module, folder: str) -> None:
         save(model, folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from headstart.lora.adapt import Adapter
+from headstart.lora.adapter import Adapter
 
 BASE = 1e-3  # Of plain LoRA. A grid reaches 32 times below and above its centre, and its search further.
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headstart.lora.adapt import Adapter
+from headstart.lora.adapter import Adapter
 from headstart.lora.layers import LoraLayer
 
 

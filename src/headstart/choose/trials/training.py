@@ -21,7 +21,8 @@ from headstart.choose.trials.clock import Clock
 from headstart.choose.trials.order import Order, Train
 from headstart.errors import BadOption
 from headstart.lora import batches as reading
-from headstart.lora.adapt import Adapter, install, measured, remove
+from headstart.lora.adapt import install, measured, remove
+from headstart.lora.adapter import Adapter
 from headstart.lora.calls import told
 from headstart.lora.config import LoraConfig
 from headstart.lora.layers import Start

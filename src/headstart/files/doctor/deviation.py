@@ -29,7 +29,7 @@ from headstart.files.bases import check_base
 from headstart.files.doctor.survey import Layer, Survey
 from headstart.files.load import sites_of, target_of
 from headstart.lora import matrix
-from headstart.lora.matrix import Pair
+from headstart.lora.layouts import Pair
 
 REPEATS = 0.5  # between 0.9 and 1 where the start is in the factors, below 0.1 where it is not
 

@@ -36,6 +36,7 @@ from headstart.files.doctor.traits import (
     tensors,
     unaccounted,
     uneven_kinds,
+    unsaved,
     untargeted,
     without_magnitude,
     without_prefix,
@@ -224,6 +225,8 @@ RULES = (
     Rule(("peft",), unaccounted, _DIFFERS,
          "tensors that the config does not tell of replace the model's own where they bear its names: {found}",
          "remove them from the file, or name them in modules_to_save", "utils/save_and_load.py"),
+    Rule(("peft",), unsaved, _REFUSES, "modules_to_save names what the file has nothing of: {found}",
+         "save it again where it was trained, or remove the names", "utils/save_and_load.py: KeyError"),
     # --- shapes and names
     Rule(("peft", "vllm"), other_rank_than_stated, _REFUSES,
          "the config states another rank than the tensors have: {found}",

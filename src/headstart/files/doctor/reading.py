@@ -11,7 +11,7 @@ from headstart.files.doctor.diagnosis import RANKED, Finding, Reading
 from headstart.files.doctor.engines import MERGE, OTHER, PORTABLE, RULES, Effect, Engine, Verdict
 from headstart.files.doctor.stranger import PEFT
 from headstart.files.doctor.survey import Survey
-from headstart.lora.matrix import Pair
+from headstart.lora.layouts import Pair
 
 
 class Starts:

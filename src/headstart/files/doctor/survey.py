@@ -31,7 +31,7 @@ from headstart.files.doctor.stranger import (
     read_config,
     read_tensors,
 )
-from headstart.lora.matrix import Experts, Pair
+from headstart.lora.layouts import Experts, Pair
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Parts of a diffusers pipeline, before names that end as PEFT's do; `transformer.h` is GPT-2's.

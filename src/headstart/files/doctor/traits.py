@@ -9,6 +9,7 @@ from headstart.files.adapter import PREFIX
 from headstart.files.doctor.survey import Survey
 from headstart.files.peft_rules import OUTPUT
 
+_HEADS = {"classifier", "score"}
 Found = Sequence[str]
 When = Callable[[Survey], Found]
 
@@ -40,6 +41,15 @@ def unaccounted(survey: Survey) -> Found:
     return tensors("", but=known)(survey)
 
 
+def unsaved(survey: Survey) -> Found:
+    """The modules that the config says were trained in full, and of which the file has nothing."""
+    named = [str(name) for name in survey.config.get("modules_to_save") or ()]
+    saved = {name for name in named if tensors(rf"(^|\.){re.escape(name)}\.")(survey)}
+    # PEFT adds both to every classifier's config, and a model has one of them.
+    saved |= _HEADS if saved & _HEADS else set()
+    return [name for name in named if name not in saved]
+
+
 def magnitudes(survey: Survey) -> Found:
     return [layer.path for layer in survey.layers.values() if "magnitude" in layer.keys]
 
@@ -56,9 +66,27 @@ def magnitude_untold(survey: Survey) -> Found:
 def untargeted(survey: Survey) -> Found:
     """The layers that the config's lists leave out or exclude. A stranger's regular expression is not run."""
     targets, excluded = (survey.raw.get(name) for name in ("target_modules", "exclude_modules"))
-    every = not isinstance(targets, list) or "all-linear" in targets or survey.raw.get("target_parameters")
+    named = targets if isinstance(targets, list) else ()
+    every = not isinstance(targets, list) or "all-linear" in named or survey.raw.get("target_parameters")
     own = [x for x in survey.layers.values() if not x.path.endswith(OUTPUT)]
-    return [x.path for x in own if not (every or _listed(targets, x.name)) or _listed(excluded, x.name)]
+
+    def is_left_out(name: str) -> bool:
+        if _listed(excluded, name):
+            return True
+        return not every and name not in named and not (_listed(targets, name) and _transformed(survey, name))
+
+    return [x.path for x in own if is_left_out(x.name)]
+
+
+def _transformed(survey: Survey, name: str) -> bool:
+    """Whether a layer lies in a block that layers_to_transform counts, as PEFT reads the block's number."""
+    wanted, lists = survey.raw.get("layers_to_transform"), survey.raw.get("layers_pattern")
+    named = [str(entry) for entry in ([lists] if isinstance(lists, str) else lists or ())]
+    if wanted in (None, []) or not all(entry.isidentifier() for entry in named):
+        return True
+    start = rf"(?:^|.*?\.)(?:{'|'.join(named)})" if named else r".*?\.[^.]*"
+    block = re.match(rf"{start}\.(\d+)\.", name)
+    return block is not None and int(block[1]) in (wanted if isinstance(wanted, list) else [wanted])
 
 
 def _listed(entries: object, name: str) -> bool:

@@ -23,7 +23,7 @@ from headstart import linalg
 from headstart.linalg import blend
 from headstart.lora.delta import difference
 from headstart.lora.layers import Start
-from headstart.lora.matrix import Experts, Layout, Parts
+from headstart.lora.layouts import Experts, Layout, Parts
 
 Rows = tuple[int, int]
 Read = Callable[[int, int], Tensor]  # some rows of W

@@ -20,6 +20,7 @@ from headstart.files.merging.shards import Checkpoint, Stored
 from headstart.files.merging.skeleton import Place, Skeleton, skeleton
 from headstart.lora import matrix, rebase
 from headstart.lora.layers import Start
+from headstart.lora.layouts import Layout, Pair
 from headstart.lora.quantized import Recipe
 
 _LOOKED_AT = 8  # quantised weights that are unpacked to see whether the base is the adapter's
@@ -31,7 +32,7 @@ class Term:
 
     weight: float
     source: Start | Tensor
-    layout: matrix.Layout = matrix.Layout()  # noqa: RUF009  frozen
+    layout: Layout = Layout()  # noqa: RUF009  frozen
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Edit:
     columns: int
     terms: list[Term] = field(default_factory=list)
     recipe: Recipe | None = None
-    taken: matrix.Pair | None = None
+    taken: Pair | None = None
 
     def change(self, mixture: Mixture, ranges: Sequence[Rows], read: Read) -> tuple[Change, float]:
         """What becomes of it, and the share of the energy that a rank cut off."""
@@ -158,7 +159,7 @@ class _Draft:
         for name, values in loaded.extras.items():
             here = self.state[name]
             self._places(name, file)
-            edit = self.edits.setdefault(name, Edit(name, columns_of(matrix.Layout(), here.shape)))
+            edit = self.edits.setdefault(name, Edit(name, columns_of(Layout(), here.shape)))
             edit.terms.append(Term(weight, values))
 
     def _own(self, module: nn.Module, leaf: str) -> str:

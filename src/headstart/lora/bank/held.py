@@ -21,7 +21,7 @@ from headstart.lora import delta, matrix
 from headstart.lora.delta import Branch, NormCache
 from headstart.lora.layers import Start
 from headstart.lora.layers.read import is_read
-from headstart.lora.matrix import Layout
+from headstart.lora.layouts import Convolution, Experts, Layout, Pair
 from headstart.lora.targets import Target
 
 
@@ -93,13 +93,13 @@ def hold(
 def _check(model: nn.Module, target: Target, start: Start) -> None:
     """Refuse layers whose inputs do not come as the rows of the batch, and those that are never called."""
     module, reason = target.module, None
-    if isinstance(target.layout, matrix.Experts) or target.parameter != "weight":
+    if isinstance(target.layout, Experts) or target.parameter != "weight":
         reason = "is a bare parameter, which no row passes through"
     elif isinstance(module, nn.MultiheadAttention):
         reason = "is an nn.MultiheadAttention, which reads its weight without calling a layer"
     elif "experts" in target.name.split("."):
         reason = "is an expert, which sees the tokens that a router sends it and not the rows of the batch"
-    elif matrix.runs_its_own_way(module):
+    elif target.layout.own_way:
         reason = f"is a {type(module).__name__} with a forward of its own, which a branch beside it does not follow"
     elif is_read(module, target.holders):
         reason = "has a weight that the model reads, and rows are routed where a layer is called"
@@ -136,7 +136,7 @@ def _piece(target: Target, start: Start, dtype: torch.dtype) -> Piece:
     B = B * s if fold else B
     if layout.kind == "embedding":
         A, B = A.T, B.T
-    elif not isinstance(layout, matrix.Convolution):
+    elif not isinstance(layout, Convolution):
         B = B.T
     return Piece(A.to(narrow), B.to(narrow), 1.0 if fold else s, _gain(target, start))
 
@@ -144,9 +144,9 @@ def _piece(target: Target, start: Start, dtype: torch.dtype) -> Piece:
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def _factors(layout: Layout, start: Start) -> matrix.Pair:
+def _factors(layout: Layout, start: Start) -> Pair:
     """One pair, as the layout stores it, whose product is the whole change."""
-    if isinstance(layout, matrix.Convolution):
+    if isinstance(layout, Convolution):
         if start.anchor is None:
             return start.A, start.B
         return layout.pack(Branch(start.A, start.B, start.scaling, start.anchor).pairs(layout))

@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from headstart.errors import BadRoute
 from headstart.lora import matrix
 from headstart.lora.bank.held import Piece, Site
+from headstart.lora.layouts import Convolution
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def _looked_up(site: Site, one: Bundle, ids: Tensor) -> Tensor:
 def _conv(site: Site, one: Bundle, x: Tensor) -> Tensor:
     """The adapters as groups of one convolution."""
     base: Any = site.module
-    assert isinstance(one.A, Tensor) and isinstance(site.layout, matrix.Convolution)
+    assert isinstance(one.A, Tensor) and isinstance(site.layout, Convolution)
     count, size, channels = len(one.B), len(site.layout.kernel), x.shape[2]
     convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[size]
     picked = one.pick(x).reshape(count, -1, *x.shape[2:]).to(one.B.dtype)
@@ -140,7 +141,7 @@ def _rescaled(site: Site, one: Bundle, y: Tensor, change: Tensor) -> Tensor:
     assert one.gain is not None
     wide = torch.promote_types(y.dtype, torch.float32)
     before = one.pick(y).reshape(change.shape).to(wide)
-    ends = (1,) * (len(site.layout.kernel) if isinstance(site.layout, matrix.Convolution) else 0)
+    ends = (1,) * (len(site.layout.kernel) if isinstance(site.layout, Convolution) else 0)
     gain = one.gain.view(len(one.gain), 1, -1, *ends).to(wide)
     bias = site.module._parameters.get("bias")
     z = before if bias is None else before - bias.view(-1, *ends).to(wide)
@@ -158,7 +159,7 @@ def check_rows(site: Site, x: Tensor, rows: int, copies: int) -> None:
         return
     lead = x.shape[0] if x.ndim else 1
     flat = x.ndim == (1 if isinstance(site.module, nn.Embedding) else 2)
-    conv = isinstance(site.layout, matrix.Convolution) and x.ndim != len(site.layout.kernel) + 2
+    conv = isinstance(site.layout, Convolution) and x.ndim != len(site.layout.kernel) + 2
     if not conv and (lead in (rows, rows * copies) or (flat and lead and lead % rows == 0)):
         return
     raise BadRoute(

@@ -14,7 +14,7 @@ from headstart.lora.layers.experts import LoraExperts
 from headstart.lora.layers.layer import LoraLayer, Start, frozen_module
 from headstart.lora.layers.linear import LoraLinear
 from headstart.lora.layers.trained import TrainedModule
-from headstart.lora.matrix import Layout
+from headstart.lora.layouts import Convolution, Experts, Layout
 
 __all__ = [
     "LoraAttention",
@@ -34,13 +34,13 @@ __all__ = [
 def wrap(base: nn.Module, layout: Layout, start: Start, parameter: str = "weight") -> LoraLayer:
     """The LoRA layer for this frozen module."""
     kind = frozen_module(base)
-    if isinstance(layout, matrix.Experts) or parameter != "weight":
+    if isinstance(layout, Experts) or parameter != "weight":
         return LoraExperts(base, layout, start, parameter)
     if isinstance(kind, nn.MultiheadAttention):
         return LoraAttention(base, layout, start)
     if isinstance(kind, nn.Embedding):
         return LoraEmbedding(base, layout, start)
-    if isinstance(layout, matrix.Convolution):
+    if isinstance(layout, Convolution):
         return LoraConv(base, layout, start)
     if matrix.is_linear(kind):
         return LoraLinear(base, layout, start)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from headstart.lora import branch as kernels
 from headstart.lora.delta import Branch
 from headstart.lora.layers.layer import LoraLayer, Start
-from headstart.lora.matrix import Layout
+from headstart.lora.layouts import Layout
 
 
 class LoraAttention(LoraLayer):

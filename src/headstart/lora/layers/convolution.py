@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headstart.lora import matrix
 from headstart.lora.delta import Branch
 from headstart.lora.layers.layer import LoraLayer, frozen_output, swapped_output
-from headstart.lora.matrix import Layout
+from headstart.lora.layouts import Convolution, Layout
 
 
 class LoraConv(LoraLayer):
@@ -25,7 +24,7 @@ class LoraConv(LoraLayer):
 
 def run(base: Any, layout: Layout, branch: Branch, *args: Any, **kwargs: Any) -> Tensor:
     """The frozen convolution and its branch."""
-    if matrix.runs_its_own_way(base):
+    if layout.own_way:
         return swapped_output(base, layout, branch, *args, **kwargs)  # type: ignore[no-any-return]
     return _convolved(base, layout, branch, *args, **kwargs)
 
@@ -49,7 +48,7 @@ def _convolved(base: Any, layout: Layout, branch: Branch, input: Tensor) -> Tens
 
 def _two(base: Any, layout: Layout, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """B ∗ (A ∗ x)."""
-    assert isinstance(layout, matrix.Convolution)
+    assert isinstance(layout, Convolution)
     groups = 1 if layout.is_dense(A) else base.groups
     convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(base.kernel_size)]
     padding = base.padding

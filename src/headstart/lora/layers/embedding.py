@@ -13,7 +13,7 @@ from headstart.errors import UnsupportedLayer
 from headstart.lora import matrix
 from headstart.lora.delta import Branch, difference
 from headstart.lora.layers.layer import LoraLayer, Start, frozen_output, swapped_output
-from headstart.lora.matrix import Layout
+from headstart.lora.layouts import Layout
 
 
 class LoraEmbedding(LoraLayer):
@@ -39,7 +39,7 @@ class LoraEmbedding(LoraLayer):
 
 def run(base: Any, layout: Layout, branch: Branch, *args: Any, **kwargs: Any) -> Tensor:
     """The frozen lookup and its branch."""
-    if matrix.runs_its_own_way(base):
+    if layout.own_way:
         # Indices are not dropped anywhere.
         return swapped_output(base, layout, replace(branch, dropout=0.0), *args, **kwargs)  # type: ignore[no-any-return]
     return _looked_up(base, branch, *args, **kwargs)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from headstart.errors import AdapterState, UnsupportedLayer
 from headstart.lora import delta, matrix, quantized
 from headstart.lora.delta import Branch, NormCache
-from headstart.lora.matrix import Layout, Pair
+from headstart.lora.layouts import Layout, Pair
 from headstart.lora.rebase import Base
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from headstart.lora import branch as kernels
 from headstart.lora import matrix, quantized
 from headstart.lora.delta import Branch
 from headstart.lora.layers.layer import LoraLayer, frozen_output, swapped_output
-from headstart.lora.matrix import Layout
+from headstart.lora.layouts import Layout
 
 _OutProjection = nn.modules.linear.NonDynamicallyQuantizableLinear
 
@@ -26,6 +26,8 @@ class LoraLinear(LoraLayer):
 
 def run(base: nn.Module, layout: Layout, branch: Branch, *args: Any, **kwargs: Any) -> Tensor:
     """The frozen layer and its branch: fused where the layer is no more than a product with its weight."""
+    if layout.own_way:  # a router's scores and choice, a cosine, columns of its own beside, …
+        return swapped_output(base, layout, branch, *args, **kwargs)  # type: ignore[no-any-return]
     x = args[0] if args else next(iter(kwargs.values()))
     A, B = layout.dense(branch.A, branch.B)
     frozen = layout.dense(*branch.anchor) if branch.anchor else None
@@ -45,8 +47,6 @@ def run(base: nn.Module, layout: Layout, branch: Branch, *args: Any, **kwargs: A
             transposed=layout.transposed,
         )
     y = frozen_output(base, branch, *args, **kwargs)
-    if not isinstance(y, Tensor) or y.shape[-1] != len(B):  # a router's scores and choice, or columns of its own beside
-        return swapped_output(base, layout, branch, *args, **kwargs)  # type: ignore[no-any-return]
     if branch.magnitude is None:
         return kernels.add_branch(y, x, A, B, branch.scaling, frozen=frozen, dropout=branch.dropout)
     y = y if bias is None else y - bias

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from headstart.lora import batches as reading
 
 
-class Sides:
+class Tokens:
     """Which tokens of the batch at hand count, by the layer and what it is given.
 
     A decoder's layers read its own tokens, but for those of its attention to the encoder: these are given the very
