@@ -2,7 +2,7 @@
 
 What a start costs is held against the bare forward passes over the same batches, and its memory against those, or,
 where gradients are asked for, against the training step of a plain LoRA on the same layers; it is what torch holds of
-what it allocates, to the byte, over two batches. Three batches are run; the others are counted at what the median of
+what it allocates, to the byte, over two batches. Five batches are run; the others are counted at what the median of
 those took after the first. PEFT's CorDA takes one row at a time and gets the same tokens as 1 × 1024; its EVA goes
 through the data until its directions rest, here after two rows.
 """
@@ -35,7 +35,7 @@ Work = Callable[[nn.Module, Iterable[Batch]], object]
 def rows(scale: Scale) -> Iterator[Row]:
     for name, make in models(scale):
         base = make(torch.float32)
-        count, run, tokens = {"full": (32, 3, (4, 256)), "quick": (8, 3, (2, 64)), "toy": (4, 2, (1, 16))}[scale]
+        count, run, tokens = {"full": (32, 5, (4, 256)), "quick": (8, 3, (2, 64)), "toy": (4, 2, (1, 16))}[scale]
         yield from _starts(base, name, _Pass(base, _data(base, run, tokens), count))
 
 

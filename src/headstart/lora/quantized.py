@@ -164,7 +164,7 @@ def values(parameter: Any, module: nn.Module) -> Tensor:
 
 def _values_4bit(parameter: Any) -> Tensor:
     functional, state = sys.modules["bitsandbytes.functional"], _state_of(parameter)
-    codes, state = _turned_back(parameter.data, copy.copy(state)) if _is_turned(state) else (parameter.data, state)
+    codes, state = _turned_back(parameter.data, state) if _is_turned(state) else (parameter.data, state)
     return functional.dequantize_4bit(codes, state)  # type: ignore[no-any-return]
 
 
@@ -182,7 +182,8 @@ def keep_blocks(model: nn.Module) -> list[nn.Module]:
         module.__dict__[_TURNS] = False
         weight: Any = module._parameters["weight"]
         if _is_turned(weight.quant_state):
-            weight.data, _ = _turned_back(weight.data, weight.quant_state)
+            codes, state = _turned_back(weight.data, weight.quant_state)
+            weight.data, weight.quant_state.__dict__ = codes, state.__dict__
     return found
 
 
@@ -200,15 +201,15 @@ def _is_turned(state: Any) -> bool:
 
 
 def _turned_back(codes: Tensor, state: Any) -> tuple[Tensor, Any]:
-    """Codes and state, which is written to, as they were but for scales that were rounded to bf16 and are not nested.
+    """Codes and state as they were, but for scales that were rounded to bf16 and are not nested.
 
     What bitsandbytes offers does not turn the scales.
     """
-    nested, scales = state.original_nested, state.absmax
-    state.original_nested = False
-    codes, _ = sys.modules["bitsandbytes.functional"]._convert_weight_packed_for_cpu_inverse(codes, state)
-    state.original_nested, state.absmax = nested, scales.T.reshape(-1).float()
-    return codes, state
+    back = copy.copy(state)
+    back.original_nested = False
+    codes, _ = sys.modules["bitsandbytes.functional"]._convert_weight_packed_for_cpu_inverse(codes, back)
+    back.original_nested, back.absmax = state.original_nested, state.absmax.T.reshape(-1).float()
+    return codes, back
 
 
 def _is_nested(state: Any) -> bool:
