@@ -77,6 +77,7 @@ class Adapter:
         `headstart.search_rate` confirms it on data.
 
         Example:
+            >>> from headstart import adapt
             >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
             >>> rate = adapt(model, LoraConfig(r=4, init_lora_weights="pissa")).learning_rate(base=1e-3)
             >>> 0 < rate < 1e-3
