@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import headstart as hs
 import oracles
 from headstart import inits
 from headstart.errors import BadAlpha, BadOption, BadRank, MetaWeight, NonFiniteWeight, SVDError, UnknownInit
@@ -231,6 +232,60 @@ def test_milora_of_an_exactly_deficient_weight_trains(shape: tuple[int, int]) ->
     factors = start("milora", torch.randint(-3, 4, (m, 3)).float() @ torch.randint(-3, 4, (3, n)).float())
     assert factors.facts["effective_rank"] == 0
     torch.testing.assert_close(factors.A.norm(dim=1), torch.full((RANK,), 3**-0.5))
+
+
+DEFICIENT = {
+    "columns of zeros": (torch.randn(24, 20, generator=seeded(1)) @ torch.randn(20, 20, generator=seeded(2)), (24, 32)),
+    "rows of zeros": (torch.randn(20, 24, generator=seeded(1)), (24, 24)),
+    "a zero block": (torch.randn(20, 16, generator=seeded(1)), (32, 24)),
+}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("kind", DEFICIENT)
+def test_the_trailing_directions_of_a_deficient_weight_are_its_null_spaces(kind: str, turned: bool) -> None:
+    """On both sides, and not what rounding makes of them: a unit vector, which reads one input, or noise."""
+    part, shape = DEFICIENT[kind]
+    W = torch.zeros(shape)
+    W[: len(part), : part.shape[1]] = part
+    W = W.T.contiguous() if turned else W
+    milora, mica = start("milora", W), start("mica", W)
+    assert not milora.B.any()
+    assert float((W @ milora.A.T).norm() / W.norm()) < 1e-6
+    assert float((W.T @ mica.B).norm() / W.norm()) < 1e-6
+    torch.testing.assert_close(milora.A @ milora.A.T, torch.eye(RANK) / 3)
+    again = start("milora", W * 3.7)  # Other rounding, the same null space.
+    torch.testing.assert_close(again.A, milora.A, atol=1e-5, rtol=0)
+
+
+def test_the_trailing_directions_of_float64_are_found_below_the_root_of_its_precision() -> None:
+    W = torch.from_numpy(oracles.with_spectrum(40, 50, np.logspace(0, -12, 40)))
+    wanted = oracles.milora(W.numpy(), RANK)
+    assert_near(product(start("milora", W)), wanted, 1e-3)
+
+
+@pytest.mark.parametrize("name", READ_WEIGHT)
+def test_a_zero_block_starts_as_the_others_of_its_layer_do(name: str) -> None:
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=2))
+    with torch.no_grad():
+        model[0].weight[:4] = 0
+        x = torch.randn(2, 8, 6, 6, generator=seeded())
+        wanted = model(x)
+        hs.adapt(model, hs.LoraConfig(r=4, init_lora_weights=name, target_modules=["0"]))
+        assert torch.equal(model(x), wanted)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.inf, math.nan])
+@pytest.mark.parametrize(("name", "option"), [("normal", "std"), ("init_ab", "c"), ("pissa", "tolerance")])
+def test_a_size_that_is_none_is_refused(name: str, option: str, bad: float) -> None:
+    with pytest.raises(BadOption, match=f"{option} is .*: choose a number above 0"):
+        start(name, weight(400, 300), **{option: bad})
+
+
+def test_factors_that_overflow_are_not_blamed_on_the_weight() -> None:
+    config = hs.LoraConfig(r=2, init_lora_weights="normal", init_options={"std": 1e300})
+    with pytest.raises(NonFiniteWeight, match="the factors overflow float32: scale the weight"):
+        hs.adapt(nn.Sequential(nn.Linear(4, 4)), config)
 
 
 LAYOUTS = {

@@ -584,6 +584,20 @@ def test_lora_null_holds_what_the_paper_fixes(shape: tuple[int, int]) -> None:
     assert frozen.facts["seen"] == pytest.approx(passed, rel=1e-2)
 
 
+@pytest.mark.parametrize("left", [0, 1, 3])
+def test_lora_null_reads_nothing_of_the_data_also_where_the_weight_has_nothing_there(left: int) -> None:
+    """Inputs that are always zero, and a weight that was pruned there to fewer than r columns."""
+    given = layer(20, 28)
+    given.X[:, -RANK:] = 0
+    given.W[:, 24 + left :] = 0
+    factors = start("lora_null", given)
+    assert_alive(factors)
+    assert factors.facts["effective_rank"] == left
+    assert not factors.B[:, left:].any()
+    assert np.linalg.norm(dense(given.X) @ dense(factors.A).T) < 1e-5 * np.linalg.norm(dense(given.X))
+    torch.testing.assert_close(factors.A[left:].norm(dim=1), torch.full((RANK - left,), 3**-0.5))
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("direction", ["ArB2r", "A2rBr", "ArBr", "random"])
 def test_lora_ga_takes_two_halves_of_the_gradient(direction: str, shape: tuple[int, int]) -> None:

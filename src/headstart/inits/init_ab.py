@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import torch
 
+from headstart.inits.checks import check_above_zero
 from headstart.inits.strategy import Factors, register
 
 
@@ -36,11 +37,15 @@ def init_ab(
     Returns:
         Factors, anchored where `reset` asks for it; otherwise the function moves at step zero.
 
+    Raises:
+        BadOption: if c is not above 0.
+
     Example:
         >>> start = init_ab((300, 100), 4, torch.Generator().manual_seed(0), c=2.0)
         >>> print(f"{start.A.abs().max():.2f} {start.B.abs().max():.2f} {start.anchored}")
         0.20 0.20 False
     """
+    check_above_zero("c", c)
     m, n = shape
     bound = c * n**-0.5
     A = torch.empty(rank, n).uniform_(-bound, bound, generator=generator)

@@ -25,8 +25,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headstart.inits.blocks import times
-from headstart.inits.checks import check_choice, check_fit, check_rows, check_values
-from headstart.inits.split import split_product
+from headstart.inits.checks import check_choice, check_fit, check_rows, check_scaling, check_values
+from headstart.inits.split import NOTHING, split
 from headstart.inits.strategy import Factors, register
 from headstart.statistics import Moments
 
@@ -42,7 +42,6 @@ def lora_null(
     inputs: Moments,
     rank: int,
     scaling: float,
-    generator: torch.Generator,
     mode: str = "v1",
 ) -> Factors:
     """W on the r input directions that the data to preserve uses least, or those directions themselves.
@@ -53,12 +52,12 @@ def lora_null(
             are small are those that it happened not to show.
         rank: r, at most min(m, n).
         scaling: s > 0; the product s·B₀·A₀ does not depend on it.
-        generator: draws directions where W·P has fewer than r of them.
         mode: "v1" or "frozen".
 
     Returns:
-        "v1": anchored factors with s·B₀·A₀ = W·P·Pᵀ. "frozen": A·Aᵀ = I, A frozen, and B₀ = 0. `facts["seen"]` is the
-        share of the inputs' energy that A lets through.
+        "v1": anchored factors with s·B₀·A₀ = W·P·Pᵀ. "frozen": A·Aᵀ = I, A frozen, and B₀ = 0. A's rows lie in P in
+        both, also where W·P has fewer than r directions and the rest of B₀ is zero. `facts["seen"]` is the share of the
+        inputs' energy that P lets through.
 
     Raises:
         BadRank, BadAlpha, BadOption, NonFiniteWeight, MetaWeight, TooLittleData, NoSignal: as their names say.
@@ -66,7 +65,7 @@ def lora_null(
     Example:
         >>> inputs = Moments.empty(3)
         >>> inputs.add(torch.diag(torch.tensor([3.0, 0.1, 2.0])))
-        >>> start = lora_null(torch.eye(3), inputs, 1, 2.0, torch.Generator())
+        >>> start = lora_null(torch.eye(3), inputs, 1, 2.0)
         >>> (2.0 * start.B @ start.A).diagonal().round(decimals=4).tolist()
         [0.0, 1.0, 0.0]
         >>> f"{start.facts['seen']:.4f}"
@@ -82,5 +81,9 @@ def lora_null(
     if mode == "frozen":
         A = P.T.float()
         return Factors(A, A.new_zeros(len(weight), rank), frozen=frozenset("A"), facts=facts)
+    check_scaling(scaling)
     # Deviation: divided by s, and the weight stays as it is; see `pissa`.
-    return split_product(times(weight, P), P.T, scaling, generator, facts)
+    U, S, Vh = torch.linalg.svd(times(weight, P), full_matrices=False)
+    S = torch.where(NOTHING * S[0] < S, S, 0.0)
+    B, A = split(U, (S / scaling).sqrt(), P @ Vh.T)
+    return Factors(A, B, anchored=True, facts={**facts, "effective_rank": int((S > 0).sum())})

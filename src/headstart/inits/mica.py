@@ -29,7 +29,7 @@ def mica(weight: Float[Tensor, "m n"], rank: int, generator: torch.Generator) ->
     Args:
         weight: W, of any float dtype and layout.
         rank: r, at most min(m, n).
-        generator: used for a zero weight only, whose directions are drawn.
+        generator: draws directions of W's null space, where W has fewer than min(m, n) of its own.
 
     Returns:
         Factors with B₀ᵀ·B₀ = I, B frozen, and B₀·A₀ = 0 exactly.
@@ -44,11 +44,6 @@ def mica(weight: Float[Tensor, "m n"], rank: int, generator: torch.Generator) ->
         ([0.0, 0.0, 1.0, 1.0], frozenset({'B'}))
     """
     # Deviation: B is float32, where PEFT rounds it to the weight's dtype and loses its orthonormality in bfloat16.
-    m, n = weight.shape
     spectrum = bottomk_svd(weight, rank, generator=generator)
-    facts, U = certified(spectrum), spectrum.U
-    if n < m and facts["effective_rank"] < rank and weight.any():
-        # On the long side, the left vectors of zero singular values are what all the others leave over.
-        U = bottomk_svd(weight, n, generator=generator).U[:, -rank:]
-    B = U.float()
-    return Factors(B.new_zeros(rank, n), B, frozen=frozenset("B"), facts=facts)
+    B = spectrum.U.float()
+    return Factors(B.new_zeros(rank, weight.shape[1]), B, frozen=frozenset("B"), facts=certified(spectrum))

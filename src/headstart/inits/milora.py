@@ -32,11 +32,11 @@ def milora(weight: Float[Tensor, "m n"], rank: int, scaling: float, generator: t
         weight: W, of any float dtype and layout.
         rank: r, at most min(m, n).
         scaling: s > 0; the product s·B₀·A₀ does not depend on it.
-        generator: used for a zero weight only, whose directions are drawn.
+        generator: draws directions of W's null space, where W has fewer than min(m, n) of its own.
 
     Returns:
         Anchored factors with s·B₀·A₀ = Σ sᵢ·uᵢ·vᵢᵀ over the r smallest triplets. Where those are zero, B₀ is zero and
-        A₀ is not, so that all of them train.
+        A₀ is not but W·A₀ᵀ is, so that all of them train and read what W does not.
 
     Raises:
         BadRank, BadAlpha, NonFiniteWeight, MetaWeight: as their names say.

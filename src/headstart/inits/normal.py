@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import torch
 
+from headstart.inits.checks import check_above_zero
 from headstart.inits.strategy import Factors, register
 
 
@@ -38,10 +39,14 @@ def normal(shape: tuple[int, int], rank: int, generator: torch.Generator, std: f
     Returns:
         Factors with B₀·A₀ = 0 exactly.
 
+    Raises:
+        BadOption: if std is not above 0.
+
     Example:
         >>> start = normal((3, 1000), 4, torch.Generator().manual_seed(0))
         >>> print(f"{start.A.std():.3f} {start.B.norm():.0f}")
         0.020 0
     """
+    check_above_zero("std", std)
     m, n = shape
     return Factors(A=torch.randn(rank, n, generator=generator) * std, B=torch.zeros(m, rank))

@@ -38,7 +38,7 @@ def olora(weight: Float[Tensor, "m n"], rank: int, scaling: float, generator: to
         weight: W, of any float dtype and layout; it is never copied whole.
         rank: r, at most min(m, n).
         scaling: s > 0; the product s·B₀·A₀ does not depend on it.
-        generator: used for a zero weight only, which gets a Kaiming start.
+        generator: used for a zero weight only, whose A is Kaiming's and whose B is zero.
 
     Returns:
         Anchored factors with B₀ᵀ·B₀ = I and s·B₀·A₀ = Q_r·Q_rᵀ·W, the part of W that lies in the span of its first r
@@ -65,7 +65,7 @@ def olora(weight: Float[Tensor, "m n"], rank: int, scaling: float, generator: to
     effective = _rank(R)
     facts = {"effective_rank": effective, "route": "thin QR"}
     if not effective:
-        return replace(kaiming((m, n), rank, generator), facts=facts)
+        return replace(kaiming((m, n), rank, generator), anchored=True, facts=facts)  # As a layer's other blocks are.
     # Deviation: divided by s, so that what the branch holds at step zero is the paper's Q_r·R_r (there s = 1) for every
     # alpha and for rsLoRA; in A, so that B stays orthonormal. PEFT does not divide and holds s times that.
     return Factors(A=(R / scaling).float(), B=Q.float(), anchored=True, facts=facts)

@@ -104,6 +104,13 @@ class Dense:
             image[:, part] = X @ block if self.wide else (block @ columns).t()
         return image
 
+    def back(self, Y: Tensor) -> Tensor:
+        """What the rows of Y, (b, long), are on the short side, (b, short)."""
+        Z = Y.new_zeros(len(Y), self.short)
+        for part, block in self.blocks(Y.dtype):
+            Z.addmm_(Y[:, part], block.t() if self.wide else block)
+        return Z
+
     def normal(self, X: Tensor, image: Tensor | None = None) -> Tensor:
         """X·N; fills `image`, (b, long), with what the rows of X are on the other side."""
         Z, columns = None, X.t().contiguous()

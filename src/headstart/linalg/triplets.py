@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from headstart.errors import BadOption, BadRank, SVDError
 from headstart.linalg.lanczos import budgeted, search
+from headstart.linalg.lowrank import thin_qr
 from headstart.linalg.sides import BLOCK, Dense, Implicit, Operator, Sides
 from headstart.linalg.spectrum import Spectrum, spectrum_in, zero_spectrum
 
@@ -48,7 +50,7 @@ def topk_svd(
             fraction of its cost. The certificate tells what was reached.
 
     Raises:
-        BadRank, BadOption: if k or niter make no sense for W.
+        BadRank, BadOption: if k, tolerance or niter make no sense for W.
         NonFiniteWeight, MetaWeight: if W has no usable values.
         SVDError: if no route reaches the tolerance.
 
@@ -58,6 +60,8 @@ def topk_svd(
         tensor([3., 2.])
     """
     _check(operator.shape, k)
+    if not 0 < tolerance < math.inf:
+        raise BadOption(f"tolerance is {tolerance}: choose a number above 0")
     if niter is not None and niter < 0:
         raise BadOption(f"niter is {niter}: choose 0 or more rounds, or None for a certificate")
     if isinstance(operator, Tensor) and operator.stride(0) < operator.stride(1):  # Its columns lie together.
@@ -84,7 +88,12 @@ def topk_svd(
 def bottomk_svd(weight: Tensor, k: int, *, generator: torch.Generator) -> Spectrum:
     """The k smallest of the min(m, n) singular triplets, largest of them first: the tail of a full SVD.
 
-    Randomised methods and float32 cannot see them (a condition of 5e4 squares to 3e9): this is a float64 Gram matrix.
+    Randomised methods and float32 cannot see them (a condition of 5e4 squares to 3e9): this is a float64 Gram matrix,
+    and of a float64 weight a full SVD. Where singular values are zero, the directions are those of a noise in W's two
+    null spaces: W·v = 0 and Wᵀ·u = 0, and no rounding decides which.
+
+    Args:
+        generator: draws that noise.
 
     Raises:
         BadRank, NonFiniteWeight, MetaWeight: as `topk_svd`.
@@ -94,9 +103,34 @@ def bottomk_svd(weight: Tensor, k: int, *, generator: torch.Generator) -> Spectr
         sides = Dense(weight)
         if not sides.screen():
             return zero_spectrum(sides, k, generator)
-        theta, X = torch.linalg.eigh(sides.gram(torch.float64))
+        if sides.dtype == torch.float64:
+            left, values, _ = torch.linalg.svd(sides.dense(), full_matrices=False)
+            X, theta, route = left.flip(1), values.flip(0) ** 2, "float64 SVD"
+        else:
+            theta, X = torch.linalg.eigh(sides.gram(torch.float64))
+            route = "float64 Gram"
         tail, top = X[:, :k].flip(1).t().contiguous(), math.sqrt(float(theta[-1]))
-        return spectrum_in(sides, tail, k, theta[:0], 1.0, "float64 Gram", 1, top)
+        found = spectrum_in(sides, tail, k, theta[:0], 1.0, route, 1, top)
+        return found if found.certificate.rank == k else _with_null_spaces(sides, found, theta, X, generator)
+
+
+def _with_null_spaces(sides: Dense, found: Spectrum, theta: Tensor, X: Tensor, generator: torch.Generator) -> Spectrum:
+    """Directions of W's null spaces for the triplets that are zero, given all of N = X·diag(theta)·Xᵀ, rising."""
+    rank, count = found.certificate.rank, len(found.S) - found.certificate.rank
+    zero = (8 * torch.finfo(sides.dtype).eps) ** 2 * float(theta[-1])
+    null = max(count, int((theta <= zero).sum()))
+    short, long = (
+        torch.randn(side, count, generator=generator, dtype=torch.float64).to(sides.device)
+        for side in (sides.short, sides.long)
+    )
+    short = X[:, :null] @ (X[:, :null].t() @ short)
+    live, values = X[:, null:], theta[null:, None]
+    for _ in range(2):  # Less Wᵀ·N⁻¹·W of it; once leaves the rounding of N⁻¹.
+        inside = live @ ((live.t() @ sides.back(long.t().contiguous()).t()) / values)
+        long = long - sides.across(inside.t().contiguous()).t()
+    drawn = [thin_qr(columns)[0].to(sides.dtype) for columns in (short, long)]
+    U, V = drawn if sides.wide else reversed(drawn)
+    return replace(found, U=torch.cat([found.U[:, :rank], U], 1), V=torch.cat([found.V[:, :rank], V], 1))
 
 
 def _check(shape: tuple[int, ...], k: int) -> None:

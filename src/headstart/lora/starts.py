@@ -147,6 +147,8 @@ def _factors(
     factors = strategy.start(given, config.options)
     if not bool(factors.A.isfinite().all() and factors.B.isfinite().all()):
         count = int(block.numel() - block.isfinite().sum()) if strategy.reads_weight else 0
+        if not count:
+            raise NonFiniteWeight("the factors overflow float32: scale the weight, α or the option that does it down")
         raise NonFiniteWeight(f"the weight holds {count} NaN or infinite values: repair the checkpoint")
     return factors
 
