@@ -471,6 +471,46 @@ def test_a_gradient_start_sees_the_gradient_of_the_weight_and_not_of_what_the_fo
         assert torch.allclose(statistic.dense(), block, atol=1e-6 * float(wanted.abs().max()))
 
 
+class Tied(nn.Module):
+    """A lookup with a forward of its own, whose weight is the head's too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.head = Guessed(11, 8), nn.Linear(8, 11, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y: Tensor = self.head(self.tokens(ids).tanh())
+        return y
+
+
+class Guessed(nn.Embedding):
+    def forward(self, input: Tensor) -> Tensor:
+        return 3 * super().forward(input)
+
+
+def test_each_use_of_a_tied_weight_has_its_own_gradient() -> None:
+    """A change of one layer's weight is no change of the other's."""
+    torch.manual_seed(0)
+    model, ids = Tied(), torch.arange(11).reshape(1, 11)
+    untied = copy.deepcopy(model)
+    untied.head.weight = nn.Parameter(untied.head.weight.detach().clone())
+    weight = model.tokens.weight
+
+    def loss(model: nn.Module, ids: Tensor) -> Tensor:
+        return F.cross_entropy(model(ids)[0], ids[0].flip(0))
+
+    config = hs.LoraConfig(r=2, init_lora_weights="lora_one", target_modules=["tokens", "head"])
+    found = hs.calibrate(model, config, [ids], loss=loss, dense=True).layers
+    loss(untied, ids).backward()
+    for name, wanted in (("tokens", untied.tokens.weight.grad), ("head", untied.head.weight.grad)):
+        assert wanted is not None
+        gradient = found[name]["gradient"][0].dense()
+        torch.testing.assert_close(gradient.T if name == "tokens" else gradient, wanted)
+    assert model.tokens.weight is model.head.weight is weight
+    assert weight.grad is None
+
+
 class Guarded(nn.Module):
     """As T5's: the layer is called, and its weight is asked for what it is."""
 

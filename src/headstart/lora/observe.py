@@ -104,7 +104,8 @@ class Observer:
     @contextmanager
     def watching(self) -> Iterator[Observer]:
         """Hooks stand within, and are gone after, whatever happens."""
-        handles = []
+        handles: list[Any] = []
+        replaced: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter]] = []
         try:
             for name, target in self.targets.items():
                 if is_called(target):
@@ -113,10 +114,17 @@ class Observer:
                     weight = matrix.parameter_of(target.module, target.parameter)
                     if not weight.is_floating_point():
                         raise CalibrationError(f"{name!r} holds a quantised parameter, whose gradient cannot be seen")
+                    if not matrix.is_sharded(weight):
+                        # A parameter of its own: what shares the weight has no part in what this layer learns.
+                        own = target.module._parameters
+                        replaced.append((own, matrix.weight_name(target.module, target.parameter), weight))
+                        weight = own[replaced[-1][1]] = nn.Parameter(weight.detach())
                     weight.requires_grad_(True)
                     handles.append(weight.register_post_accumulate_grad_hook(self._weight_hook(name)))
             yield self
         finally:
+            for parameters, key, weight in replaced:
+                parameters[key] = weight
             for handle in handles:
                 handle.remove()
 
