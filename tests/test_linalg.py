@@ -236,6 +236,27 @@ def test_any_small_shape_and_rank(m: int, n: int, share: float, seed: int) -> No
     assert torch.allclose(found.S.double(), torch.linalg.svdvals(W.double())[:k], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("niter", [None, 4, 16])
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("shape", [(300, 400), (500, 300)])
+@pytest.mark.parametrize("true_rank", [1, 5, 20])
+def test_few_directions_are_found_however_many_are_asked_for(
+    true_rank: int, shape: tuple[int, int], every: int, niter: int | None
+) -> None:
+    """A Krylov space has no more of them than the weight, and its rounding lies where they do."""
+    m, n = shape
+    thin, dense = torch.randn(m, n, generator=generator(1)), torch.randn(true_rank, n, generator=generator(2))
+    for W in (thin * (torch.arange(n) < true_rank), thin[:, :true_rank] @ dense):
+        W = W * (torch.arange(m)[:, None] % every == 0)
+        wanted = torch.linalg.svdvals(W.double())
+        for k in (3, 8, 30):
+            found = topk_svd(W, k, generator=generator(), niter=niter)
+            bound = 1e-2 if niter == 4 else 1e-5  # so few rounds promise little
+            assert (found.S.double() - wanted[:k]).abs().max() < bound * wanted[0]
+            for side in (found.U, found.V):
+                torch.testing.assert_close(side.T @ side, torch.eye(k), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("shape", [(40, 70), (150, 90)])
 def test_the_trailing_triplets_are_those_of_float64(shape: tuple[int, int]) -> None:
     W = weight(*shape, decay=1.0).float()

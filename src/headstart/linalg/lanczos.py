@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 SAME = 1e-5  # Ritz values this close, relatively, are one.
+KEPT = 0.1  # What the second orthogonalisation leaves at least of a unit column, or a third would be needed.
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Basis:
         self.Q = start.new_empty(room, start.shape[1])
         self.size = 0
         self.coupling = start
+        self.kept = start.new_ones(())
         self.T = torch.zeros(0, 0, dtype=torch.float64)
         self._columns: list[Tensor] = []  # Of T, since it was last put together.
 
@@ -67,10 +69,15 @@ class Basis:
         # Then against everything, on unit columns: one that was only rounding becomes a fresh direction.
         fix = known @ columns
         columns, again = torch.linalg.qr(torch.addmm(columns.t(), fix.t(), known, alpha=-1).t())
+        self.kept = torch.minimum(self.kept, again.diagonal().abs().min())
         column = fix @ R
         column[-len(near) :] += H
         self._columns.append(column)
         self.coupling, self.block = again @ R, columns.t()
+
+    def exhausted(self) -> bool:
+        """Whether N has no more directions, and what was left of its products lay in the basis already."""
+        return float(self.kept) < KEPT
 
     def ritz(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """All θ, largest first, the k leading Y, (K, k), and their residuals; on the CPU."""
@@ -123,7 +130,8 @@ class Progress:
 def search(
     product: Callable[[Tensor], Tensor], start: Tensor, k: int, limit: int, tolerance: float
 ) -> Iterator[Candidate]:
-    """Subspaces that seem to hold the k leading eigenvectors, each better than the one before; none past `limit`.
+    """Subspaces that seem to hold the k leading eigenvectors, each better than the one before; none past `limit`,
+    nor where N has fewer directions than the basis.
 
     Args:
         product: X ↦ X·N for rows X.
@@ -139,6 +147,8 @@ def search(
         basis.absorb(product(basis.block))
         if basis.size < check:
             continue
+        if basis.exhausted():
+            return
         theta, Y, residuals = basis.ritz(k)
         progress.observe(basis.size, theta[:k], residuals)
         if progress.enough():
@@ -150,11 +160,13 @@ def search(
             check = min(limit, progress.next(basis.size))
 
 
-def budgeted(product: Callable[[Tensor], Tensor], start: Tensor, k: int, steps: int) -> Candidate:
-    """The subspace after a fixed number of products."""
+def budgeted(product: Callable[[Tensor], Tensor], start: Tensor, k: int, steps: int) -> Candidate | None:
+    """The subspace after a fixed number of products; None where N has fewer directions than that."""
     basis = Basis(start, steps * len(start))
     for _ in range(steps):
         basis.absorb(product(basis.block))
+    if basis.exhausted():
+        return None
     theta, Y, residuals = basis.ritz(k)
     return basis.candidate(Y, theta[k : k + 1], residuals, 4.0)
 

@@ -174,9 +174,10 @@ def _quick(sides: Sides, k: int, generator: torch.Generator, niter: int) -> Spec
     # Krylov polynomials of degree √N do what N rounds do; measured on Gaussian, power-law and language-model weights.
     size = k + 6 + (1 + 1.05 * math.sqrt(niter)) * math.sqrt(max(k, width) * width)
     steps = max(math.ceil(k / width), round(size / width) - 1)
-    if sides.short <= SMALL or (steps + 1) * width > sides.short // 2:
+    small = sides.short <= SMALL or (steps + 1) * width > sides.short // 2
+    found = None if small else budgeted(_product(sides, steps * width, start.dtype), start, k, steps)
+    if found is None:
         return _gram(sides, k, sides.dtype if sides.short > SMALL else torch.float64)
-    found = budgeted(_product(sides, steps * width, start.dtype), start, k, steps)
     route = f"block Lanczos, {str(start.dtype)[6:]}, {steps} x {width}"
     # The way back would only measure what the iteration has an estimate of.
     return spectrum_in(sides, found.rows, k, found.following, found.growth, route, steps, residuals=found.residuals)
@@ -202,6 +203,15 @@ def _product(sides: Sides, size: int, dtype: torch.dtype) -> Callable[[Tensor], 
 
 
 def _gram(sides: Sides, k: int, dtype: torch.dtype) -> Spectrum:
-    theta, X = torch.linalg.eigh(sides.gram(dtype))
-    X, growth = X[:, -k:].flip(1).t().contiguous(), 4.0 if dtype == torch.float32 else 1.0
-    return spectrum_in(sides, X, k, theta.flip(0)[k : k + 1], growth, f"{str(dtype)[6:]} Gram", 1)
+    theta, X = _eigh(sides.gram(dtype)) or torch.linalg.eigh(sides.gram(torch.float64))
+    X, growth = X[:, -k:].flip(1).t().contiguous(), 4.0 if X.dtype == torch.float32 else 1.0
+    return spectrum_in(sides, X, k, theta.flip(0)[k : k + 1], growth, f"{str(X.dtype)[6:]} Gram", 1)
+
+
+def _eigh(N: Tensor) -> tuple[Tensor, Tensor] | None:
+    """None where LAPACK gives up, or gives NaN: in float32, on some that have many zeros."""
+    try:
+        theta, X = torch.linalg.eigh(N)
+    except RuntimeError:  # a LinAlgError
+        return None
+    return (theta, X) if bool(X.sum().isfinite()) else None
