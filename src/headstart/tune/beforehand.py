@@ -7,7 +7,7 @@ from headstart.inits.small import on_a_small_matrix
 from headstart.inits.strategy import QUANTIZER
 from headstart.lora.config import LoraConfig
 from headstart.lora.quantized import recipe
-from headstart.tune import reading
+from headstart.tune import models, reading
 from headstart.tune.recipe import RunConfig
 
 
@@ -19,6 +19,7 @@ def check(config: RunConfig, lora: LoraConfig) -> None:
             optimizer is for factors that do not train, or a tracker is not installed.
         MissingStatistic: if a start needs data that is not given.
         DataError: if a path leads nowhere.
+        FileError: if there is no such model, or it is an encoder.
     """
     needs = lora.strategy.needs
     for name, wanted in (("calibration", bool(needs)), ("preserve", "preserved" in needs)):
@@ -41,6 +42,7 @@ def check(config: RunConfig, lora: LoraConfig) -> None:
         if place is not None:
             reading.check_place(place)
     _check_trackers(config)
+    models.check_causal(models.find(config.model))
 
 
 def _check_trackers(config: RunConfig) -> None:

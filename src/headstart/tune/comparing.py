@@ -74,11 +74,13 @@ def run(question: Question, config: RunConfig, say: Say, watch: Callable[[str, i
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     source = models.find(config.model)
+    models.check_causal(source)
     config = config.model_copy(update={"dtype": models.trained_dtype(source, config.dtype)})
     tokenizer = models.tokenizer_of(models.unpacked(source))
     rows, tuned, judged = _rows(config, tokenizer, question.steps)
     say(f"data: {config.data}: {len(rows.train):,} rows to train on, {tuned + judged} batches held out")
-    model = models.load(source, config.dtype)
+    model = models.load(source, config.dtype, whole=True)
+    models.check_length(model, config.max_length)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     batches = _Batches.of(model, tokenizer, rows.train, rows.assistant_only, config)

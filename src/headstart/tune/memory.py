@@ -34,4 +34,6 @@ def forecast(config: RunConfig) -> Estimate:
         steps=config.steps,
     )
     outline = outline_of(config.model, dtype)
-    return estimate_adapted(models.skeleton(source, dtype), lora, outline, setting, speed(dtype))
+    model = models.skeleton(source, dtype)
+    models.check_length(model, config.max_length)
+    return estimate_adapted(model, lora, outline, setting, speed(dtype))

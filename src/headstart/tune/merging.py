@@ -68,7 +68,7 @@ def _through_the_model(
         if len(adapters) > 1 or any(weight != 1 for weight in mixture.get("weights") or ()):
             adapter = str(Path(place) / "combined")
             combine(adapters, adapter, **mixture)
-        model = models.load(source, dtype)
+        model = models.load(source, dtype, whole=True)
         headstart.load(model, adapter)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # It advises what the next line does.

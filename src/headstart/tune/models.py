@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from filelock import FileLock
 
-from headstart.errors import FileError, Unstreamable
+from headstart.errors import BadOption, FileError, Unstreamable
 from headstart.files.source import Source, cache_of, find
 from headstart.tune.folder import write_folder
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Source",
+    "check_causal",
+    "check_length",
     "config_of",
     "find",
     "load",
@@ -86,17 +88,79 @@ def tokenizer_of(source: Source) -> PreTrainedTokenizerBase:
     """The tokenizer, with something to pad with."""
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, source)
+    folder = Path(source.place)
+    try:
+        tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, source)
+    except FileError as problem:
+        if source.gguf is not None or not folder.is_dir() or (folder / "tokenizer.json").exists():
+            raise
+        raise FileError(
+            f"{source.name!r} holds no tokenizer: copy tokenizer.json and tokenizer_config.json there from the model "
+            "that it was made from"
+        ) from problem
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load(source: Source, dtype: str = "auto") -> PreTrainedModel:
-    """The model with its weights, named as `source.name`; "auto" keeps the dtype that they are stored in."""
+def check_causal(source: Source) -> None:
+    """Refuse an encoder: it sees the tokens that it would learn to predict.
+
+    Raises:
+        FileError: if the config is an encoder's, whatever heads transformers has for it.
+    """
+    if source.gguf is not None:
+        return
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    config = config_of(source)
+    kind = config.model_type
+    causal = getattr(config, "is_encoder_decoder", False) or getattr(config, "is_decoder", kind in CAUSAL)
+    if kind in MASKED and not causal:
+        raise FileError(
+            f"{source.name!r} is an encoder ({kind}), which sees the tokens that it would learn to predict: pass a "
+            "causal language model, or adapt this one in Python, with headstart.adapt and a loss of yours"
+        )
+
+
+def check_length(model: PreTrainedModel, max_length: int) -> None:
+    """Refuse rows that are longer than a table of learned positions; computed positions have no end.
+
+    Raises:
+        BadOption: if there is such a table, and it is shorter.
+    """
+    from torch import nn
+
+    places = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if places is None or max_length <= places:
+        return
+    words = {model.get_input_embeddings(), model.get_output_embeddings()}
+    tables = {module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)
+              and module not in words}  # fmt: skip
+    if tables & {places, places + 2}:  # OPT and its kin keep two for padding.
+        raise BadOption(
+            f"max_length is {max_length}, and the model has learned {places} positions: choose at most that"
+        )
+
+
+def load(source: Source, dtype: str = "auto", whole: bool = False) -> PreTrainedModel:
+    """The model with its weights, named as `source.name`; "auto" keeps the dtype that they are stored in.
+
+    Raises:
+        FileError: if it cannot be loaded, or, where it has to be `whole`, if weights that it computes with are missing
+            and would be random.
+    """
     from transformers import AutoModelForCausalLM
 
-    model: PreTrainedModel = _from_pretrained(AutoModelForCausalLM, unpacked(source), dtype=dtype)
+    model: PreTrainedModel
+    model, found = _from_pretrained(AutoModelForCausalLM, unpacked(source), dtype=dtype, output_loading_info=True)
+    if whole and (missing := sorted(found["missing_keys"])):
+        from headstart.files.adapter import few
+
+        raise FileError(
+            f"{source.name!r} holds no {few(missing)}, which would begin as noise: pass a whole causal language model"
+        )
     model.name_or_path = model.config._name_or_path = source.name
     return model
 
@@ -164,8 +228,11 @@ def skeleton(source: Source, dtype: str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     config = config_of(source)
-    with torch.device("meta"):
-        return cast("PreTrainedModel", AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)))
+    try:
+        with torch.device("meta"):
+            return cast("PreTrainedModel", AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)))
+    except ValueError as problem:  # Of a kind that has no causal language model.
+        raise FileError(f"cannot load {source.name!r}: {str(problem).strip().splitlines()[0]}") from problem
 
 
 def _from_pretrained(kind: Any, source: Source, **options: Any) -> Any:

@@ -59,7 +59,8 @@ class Finished:
 
     def __str__(self) -> str:
         rate = self.tokens / self.seconds if self.seconds else 0.0
-        lines = [f"{self.steps} steps, {self.tokens:,} tokens in {self.seconds:.0f} s: {rate:,.0f} tokens/s"]
+        steps = f"{self.steps} step{'s' if self.steps != 1 else ''}"
+        lines = [f"{steps}, {self.tokens:,} tokens in {self.seconds:.0f} s: {rate:,.0f} tokens/s"]
         if self.held_out_after is not None:
             before = "" if self.held_out_before is None else f"{self.held_out_before:.3f} → "
             lines.append(f"held-out loss {before}{self.held_out_after:.3f}")
@@ -98,7 +99,8 @@ def run(config: RunConfig, say: Say = print, watchers: Sequence[TrainerCallback]
         say(f"data: {config.data}: {rows}")
         if config.advice is not None:
             say(config.advice)
-        base = models.load(source, config.dtype)
+        base = models.load(source, config.dtype, whole=True)
+        models.check_length(base, config.max_length)
         known = calibrated(base, tokenizer, rows, config, lora, progress=is_main and sys.stderr.isatty())
         if known is not None:
             say(f"calibration: {known}")

@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import PrinterCallback, TrainerState
 from trl import SFTConfig, SFTTrainer
 
@@ -36,6 +37,12 @@ class Trainer(SFTTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Ours is written once, beside the finished adapter."""
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        """As transformers has it, but for a run of one step: a warm-up begins at zero, so it would learn nothing."""
+        if num_training_steps == 1:
+            self.args.warmup_steps = 0
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def stand_at(self, checkpoint: Path) -> None:
         """Be where a run ended whose last step this checkpoint holds: `train` would take one more."""
