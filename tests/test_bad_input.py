@@ -876,6 +876,12 @@ def added(name: str, *shape: int) -> Callable[[Path], None]:
     return edit_tensors(lambda tensors: tensors.update({name: torch.randn(*shape)}))
 
 
+def into_a_folder(folder: Path) -> None:
+    (folder / "adapter").mkdir()
+    for name in (format_.CONFIG, format_.TENSORS):
+        (folder / name).rename(folder / "adapter" / name)
+
+
 def one_nan(tensor: Tensor) -> Tensor:
     tensor[0, 0] = math.nan
     return tensor
@@ -885,6 +891,12 @@ FILES: list[tuple[str, Callable[[Path], None], type[HeadstartError], list[str]]]
     # the folder
     ("no tensors", lambda f: (f / format_.TENSORS).unlink(), AdapterFormatError, ["adapter_model.safetensors"]),
     ("no config", lambda f: (f / format_.CONFIG).unlink(), AdapterFormatError, ["adapter_config.json"]),
+    (
+        "a run's folder",
+        into_a_folder,
+        AdapterFormatError,
+        ["adapter_config.json", "pass one of its folders: 'adapter'"],
+    ),
     ("a pickle alone", pickled, AdapterFormatError, ["pickle", "not loaded", "safetensors"]),
     # the config
     ("an empty config", write_config(""), AdapterFormatError, ["adapter_config.json", "JSON"]),

@@ -187,7 +187,9 @@ def find_adapter(path: str | Path) -> Path:
         for name in (CONFIG, TENSORS):
             if not (folder / name).is_file():
                 pickled = (folder / "adapter_model.bin").is_file()
-                hint = "; it has a pickle, which is not loaded: convert it to safetensors" if pickled else ""
+                inside = sorted(each.name for each in folder.iterdir() if (each / TENSORS).is_file())
+                hint = f"; pass one of its folders: {few(inside)}" if inside else ""
+                hint = "; it has a pickle, which is not loaded: convert it to safetensors" if pickled else hint
                 raise AdapterFormatError(f"{folder} has no {name}{hint}")
         return folder
     if _stands(folder) or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
