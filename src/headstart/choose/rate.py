@@ -36,10 +36,10 @@ RATIOS = {
     "qpissa": Ratio(10, f"as PiSSA, {LR_MATTERS}", "low"),
     "corda": Ratio(10, f"as PiSSA, {LR_MATTERS}: the same split of a part of W", "low"),
     "sc_lora": Ratio(10, f"as PiSSA, {LR_MATTERS}: the same split of a part of W", "low"),
-    "lora_one": Ratio(1, "headstart's own sweeps, docs/rates.md: 0.8 to 1.2 of plain LoRA's on three tasks", "medium"),
-    "kfac": Ratio(0.5, "headstart's own runs, docs/gap.md: two to three times plain LoRA's on two tasks", "low"),
+    "lora_one": Ratio(1, "headstart's own sweeps, docs/rates.md: 0.9 to 1.1 of plain LoRA's on four tasks", "medium"),
+    "kfac": Ratio(0.5, "headstart's own runs, docs/gap.md: one to 2.4 times plain LoRA's, few rates, two tasks", "low"),
     "lora_sb": Ratio(0.5, "as kfac: a core between two frozen factors", "low"),
-    "eva": Ratio(1.5, "headstart's own sweeps, docs/rates.md: 0.2 to 1 of plain LoRA's on three tasks", "low"),
+    "eva": Ratio(1.5, "headstart's own sweeps, docs/rates.md: 0.2 to 1.1 of plain LoRA's on four tasks", "low"),
 }
 UNKNOWN = Ratio(1, "plain LoRA's: nobody has published a tuned one", "low")
 
