@@ -46,7 +46,7 @@ def redistribute(
         rule: "eva" the inputs' explained variance; "gradient" the gradient's energy; "gora" mean |W∘G|.
         scores: instead of a rule, any spectrum: what the first, second, … rank of each layer is worth, falling.
         budget: in parameters; not for rule "gora", whose budget is the config's rank.
-        minimum: rank of any layer; none by default.
+        minimum: rank of any layer; none by default, and half of the config's by rule "gora", where 0 says the same.
         maximum: likewise; four times the config's by default.
 
     Returns:
