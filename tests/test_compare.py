@@ -579,6 +579,19 @@ def test_runs_that_were_lost_are_told_and_nothing_is_concluded_of_none(tmp_path:
     assert none.rows[1]["verdict"] == "too few seeds"
 
 
+def test_a_best_rate_at_the_end_of_a_short_list_is_told() -> None:
+    options: dict[str, Any] = {"steps": 12, "seeds": 1}
+    two = compared({"a": PLAIN, "b": PLAIN}, rates=[1e-5, 1e-2], **options)
+    assert [arm.at_edge for arm in two.arms] == ["high", "high"]
+    assert any("a's best rate, 0.01, is the highest that was tried" in line for line in two.verdict.cautions)
+    turned = compared({"a": PLAIN, "b": PLAIN}, rates=[1e-2, 1e-5], **options)
+    assert [arm.at_edge for arm in turned.arms] == ["high", "high"]
+    one = compared({"a": PLAIN, "b": PISSA}, rates={"a": [1e-2], "b": [1e-3, 3e-3, 1e-2, 3e-2]}, **options)
+    alone = [line for line in one.verdict.cautions if "alone, which may suit others better" in line]
+    assert len(alone) == 1
+    assert alone[0].startswith("a was tried at 0.01")
+
+
 def test_searches_of_unlike_cost_are_told() -> None:
     options: dict[str, Any] = {"steps": 4, "seeds": 1}
     unlike = compared({"a": PLAIN, "b": PISSA}, rates={"a": [1e-2]}, **options)

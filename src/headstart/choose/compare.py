@@ -171,7 +171,7 @@ def _preserve(preserve: Batches | None, configs: Mapping[str, LoraConfig]) -> tu
     ]
     if preserve is None:
         if asking:
-            raise BadOption(f"arm {asking[0]!r} asks what is not to be forgotten: pass preserve=")
+            raise BadOption(f"arm {asking[0]!r} asks for what is not to be forgotten: pass preserve=, or --preserve")
         return [], []
     found = _listed(preserve, "preserve")
     if not asking:

@@ -118,7 +118,7 @@ class Measured:
         ladder, found = self.plan.ladder(name), losses(self.plan, self.outcomes, name)
         winner = ladder.winner(found)
         tried = sorted({place for _, place in found})
-        edge = "" if winner is None or len(tried) < 3 else {tried[0]: "low", tried[-1]: "high"}.get(winner, "")
+        edge = "" if winner is None or len(tried) < 2 else {tried[0]: "low", tried[-1]: "high"}.get(winner, "")
         costs = [sum(run["cost"].values()) for run in runs.values()]
         keep = {seed: run["preserved"] for seed, run in runs.items() if run.get("preserved") is not None}
         return Arm(

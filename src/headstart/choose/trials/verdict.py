@@ -127,6 +127,10 @@ def _cautions(found: Measured) -> list[str]:
                 f"{arm.name}'s best rate, {arm.rate:.2g}, is the {arm.at_edge}est that was tried: its true best may "
                 f"lie {beyond} it; pass --rates that reach further"
             )
+        if arm.rate is not None and len({each["rate"] for each in arm.search}) == 1:
+            cautions.append(
+                f"{arm.name} was tried at {arm.rate:.2g} alone, which may suit others better: pass more --rates"
+            )
         if arm.diverged and arm.loss is not None:
             cautions.append(f"{arm.name} diverged at {_rates(arm)}")
         if arm.crashed and arm.loss is not None:
