@@ -95,6 +95,25 @@ def test_the_certificate_tells_what_a_short_effort_reached() -> None:
     assert full.certificate.gap == pytest.approx(float((true[15] - true[16]) / true[15]), abs=2e-2)
 
 
+NARROW = {
+    "noise round the identity": lambda: torch.eye(600) + 1e-4 * torch.randn(600, 600, generator=generator()),
+    "orthogonal, in bfloat16": lambda: weight(700, 600, decay=0).bfloat16(),
+    "values from 1 to 1.1": lambda: (weight(600, 600, decay=0) * torch.linspace(1, 1.1, 600)).float(),
+}
+
+
+@pytest.mark.parametrize("k", [8, 40])
+@pytest.mark.parametrize("kind", NARROW)
+def test_values_that_are_nearly_one_are_certified_by_what_is_left_between_them(kind: str, k: int) -> None:
+    """Small residuals say little there: a hundred other directions have values as near."""
+    W = NARROW[kind]()
+    found = topk_svd(W, k, generator=generator())
+    judgement = judge(found.U, found.S, found.V, W)
+    assert judgement.error <= 1e-5
+    assert judgement.loss <= 2e-6
+    assert found.certificate.energy_loss >= judgement.loss / 5 - 1e-7  # float32's
+
+
 def test_the_certified_residual_is_the_true_residual() -> None:
     W = weight(350, 300, decay=0.2).float()
     found = topk_svd(W, 12, generator=generator())

@@ -5,7 +5,8 @@ r"""Block Lanczos with full reorthogonalisation: the leading eigenvectors of N f
     rᵢ = ‖coupling · (last b entries of yᵢ)‖                          the residual of a Ritz pair, without a product
 
 T is solved in float64. A Ritz value falls short of its eigenvalue by rᵢ²/(θᵢ − μ), where μ belongs to what is not
-found yet; `growth` estimates θᵢ/(θᵢ − μ) from how much the sum of the θᵢ still grew while the residuals fell.
+found yet; `growth` estimates θᵢ/(θᵢ − μ) from how much the sum of the θᵢ still grew while the residuals fell. Where
+all of N's spectrum is narrow, as an orthogonal W's is, θᵢ − μ is at most its width, which the Ritz values span.
 
 Musco, Musco (2015), "Randomized Block Krylov Methods for Stronger and Faster Approximate Singular Value Decomposition",
 arXiv 1504.05477: any block width reaches the accuracy, and narrow blocks need the fewest products.
@@ -102,17 +103,19 @@ class Progress:
 
     def __init__(self, tolerance: float, floor: float, width: int) -> None:
         self.tolerance, self.floor, self.width = tolerance, floor, width
-        self.growth, self.slope, self.excess = 4.0, 0.0, math.inf
+        self._grown, self.growth, self.slope, self.excess = 4.0, 4.0, 0.0, math.inf
         self._last = (width, 0.0, 1.0)  # One random block knows nothing.
 
-    def observe(self, size: int, theta: Tensor, residuals: Tensor) -> None:
+    def observe(self, size: int, ritz: Tensor, residuals: Tensor) -> None:
+        theta = ritz[: len(residuals)]
         head = theta.clamp_min(self.floor * theta[0])
         total = float(head.sum())
         share = float((residuals**2 / head).sum()) / total
         worst = float(((residuals / head) * (theta > self.floor * theta[0])).max()) ** 2
         before, held, missing = self._last
         if held and missing - share > 1e-5:  # Else rounding decides.
-            self.growth = min(10.0, max(1.0, (total - held) / total / (missing - share)))
+            self._grown = min(10.0, max(1.0, (total - held) / total / (missing - share)))
+        self.growth = max(self._grown, _least_growth(ritz, len(theta)))
         self.slope = math.log(missing / share) / (size - before) if 0 < share < missing else 0.0
         self._last = (size, total, share)
         self.excess = self.growth * max(share / (self.tolerance / 100), worst / 2 / self.tolerance)
@@ -150,7 +153,7 @@ def search(
         if basis.exhausted():
             return
         theta, Y, residuals = basis.ritz(k)
-        progress.observe(basis.size, theta[:k], residuals)
+        progress.observe(basis.size, theta, residuals)
         if progress.enough():
             if _hides_copies(theta, k, b):
                 return
@@ -168,7 +171,15 @@ def budgeted(product: Callable[[Tensor], Tensor], start: Tensor, k: int, steps: 
     if basis.exhausted():
         return None
     theta, Y, residuals = basis.ritz(k)
-    return basis.candidate(Y, theta[k : k + 1], residuals, 4.0)
+    growth = max(4.0, _least_growth(theta, k)) if basis.size >= 2 * k else 4.0  # Of few, the least is not N's.
+    return basis.candidate(Y, theta[k : k + 1], residuals, growth)
+
+
+def _least_growth(ritz: Tensor, k: int) -> float:
+    """What θ_k/(θ_k − μ) is at least, by the width of the spectrum below θ_k as far as it is known."""
+    last, width = float(ritz[k - 1]), float(ritz[k - 1] - ritz[-1])
+    # The power is for the crowd at θ_k: of semicircles and uniform spectra, as of orthogonal weights in bfloat16.
+    return 2 * math.pow(last / max(width, 1e-12 * float(ritz[0])), 1.5)
 
 
 def _hides_copies(theta: Tensor, k: int, width: int) -> bool:
