@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -18,9 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import headstart as hs
-from headstart.errors import AdapterFormatError
+from headstart.errors import AdapterFormatError, WrongBase
 from headstart.files.doctor.anatomy import effective_rank, inspect, needed_rank, spectrum
 from headstart.files.doctor.page import grid, outline, to_html
+from headstart.testing.cases import Case
+from headstart.testing.kinds import KINDS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -140,6 +143,33 @@ def test_convolutions_embeddings_and_experts(llama: Callable[[], nn.Module], tmp
     (layer,) = inspect(folder, nn.ModuleDict({"experts": Experts()})).layers
     assert layer.norm == pytest.approx(float(whole.norm()), rel=1e-10)
     assert layer.relative is not None
+
+
+@pytest.mark.parametrize("kind", ["attention", "encoder_attention"])
+def test_an_attentions_output_is_measured_as_it_is_added(kind: str, tmp_path: Path) -> None:
+    case = Case("pissa", KINDS[kind])
+    merged, before = copy.deepcopy(case.trained), case.model().state_dict()
+    hs.save(merged, tmp_path)
+    hs.merge(merged)
+    found = {layer.name: layer.norm for layer in hs.inspect(tmp_path).layers if layer.name.endswith("out_proj")}
+    assert found
+    for name, norm in found.items():
+        change = merged.state_dict()[f"{name}.weight"].double() - before[f"{name}.weight"].double()
+        assert norm == pytest.approx(float(change.norm()), rel=1e-4)
+
+
+def test_one_part_of_a_projection_is_of_its_base_and_no_other(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(12, 18))
+    model = copy.deepcopy(base)
+    config = hs.LoraConfig(r=3, target_modules=["0"], init_lora_weights="pissa", parts={"0": [False, True, False]})
+    hs.adapt(model, config)
+    hs.save(model, tmp_path)
+    assert hs.inspect(tmp_path, base).layers[0].shape == (6, 12)
+    assert not hs.doctor(tmp_path, base).faults
+    nn.init.normal_(base[0].weight)
+    with pytest.raises(WrongBase):
+        hs.inspect(tmp_path, base)
 
 
 def test_what_made_it_is_read_where_it_was_written_down(llama: Callable[[], nn.Module], tmp_path: Path) -> None:

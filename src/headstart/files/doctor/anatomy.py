@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from headstart.files.adapter import REPORT
 from headstart.files.doctor.deviation import Block, Placed, bare, check_values, placed
 from headstart.files.doctor.survey import Layer, Survey, survey
 from headstart.files.header import read_json
+from headstart.files.peft_rules import OUTPUT
 
 _SHARE = 0.99  # of the energy, by which the needed rank is counted
 
@@ -106,7 +108,7 @@ def inspect(path: str | Path, base: nn.Module | None = None) -> Anatomy:
         raise AdapterFormatError(f"{seen.fatal.what}: {seen.fatal.repair}")
     layers, unread = [], {fault.what: fault.repair for fault in seen.faults}
     model, seated = base if seen.dialect.name == "PEFT" else None, dict[str, Placed]()
-    for layer in sorted(seen.layers.values(), key=_in_order):
+    for layer in sorted(map(partial(_as_added, seen), seen.layers.values()), key=_in_order):
         try:
             seated[layer.path] = bare(seen, layer) if model is None else placed(seen, layer, model)
             layers.append(_measured(seen, seated[layer.path]))
@@ -116,6 +118,14 @@ def inspect(path: str | Path, base: nn.Module | None = None) -> Anatomy:
     numbers = sum(math.prod(seen.tensors[layer.keys[slot]][0]) for layer in seen.layers.values() for slot in "AB")
     made = _made(seen)
     return Anatomy(str(seen.place), seen.dialect.name, made, numbers, seen.size, tuple(layers), seen.extras, unread)
+
+
+def _as_added(seen: Survey, layer: Layer) -> Layer:
+    """PEFT adds the change of an attention's output projection twice, at its attention's scale: files hold half."""
+    attention = seen.layers.get(layer.path.removesuffix(OUTPUT))
+    if attention is None or attention is layer or seen.dialect.name != "PEFT":
+        return layer
+    return replace(layer, scaling=2 * attention.scaling)
 
 
 def _in_order(layer: Layer) -> tuple[object, ...]:

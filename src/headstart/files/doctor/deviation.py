@@ -46,10 +46,15 @@ class Block:
 
 @dataclass(frozen=True)
 class Placed:
-    """A layer of a file on its base: the matrices, where the weight can be seen as some."""
+    """A layer of a file on its base: the matrices, where the weight can be seen as some.
+
+    Attributes:
+        weight: as it is stored; None without a base.
+    """
 
     layer: Layer
     blocks: tuple[Block, ...]
+    weight: Tensor | None = None
 
 
 def placed(survey: Survey, layer: Layer, model: nn.Module) -> Placed:
@@ -81,7 +86,7 @@ def placed(survey: Survey, layer: Layer, model: nn.Module) -> Placed:
         rows = None if magnitude is None else magnitude[done : done + len(W)].double()
         found.append(Block(W, a.double() * layer.scaling, b.double(), rows))
         done += len(W)
-    return Placed(layer, tuple(found))
+    return Placed(layer, tuple(found), weight)
 
 
 def check_values(seen: Survey, there: Mapping[str, Placed]) -> None:
@@ -90,11 +95,10 @@ def check_values(seen: Survey, there: Mapping[str, Placed]) -> None:
     Raises:
         WrongBase: if these weights hold others.
     """
-    # What was sampled is a weight as it is stored, which one block alone still is.
-    weights = {n: p.blocks[0].W for n, p in there.items() if len(p.blocks) == 1 and p.blocks[0].W.numel()}
+    weights = {n: p.weight for n, p in there.items() if p.weight is not None and not matrix.is_hollow(p.weight)}
     samples = {n: v for n, v in (seen.provenance.get("base") or {}).items() if n in weights and isinstance(v, list)}
-    stored = {n: (lambda W=W: W if W.is_contiguous() else W.T) for n, W in weights.items()}
-    check_base(stored, AdapterFile(seen.file.parent, seen.config, {}, {}, {"base": samples}))
+    read = {n: (lambda W=W: W) for n, W in weights.items()}
+    check_base(read, AdapterFile(seen.file.parent, seen.config, {}, {}, {"base": samples}))
 
 
 def bare(survey: Survey, layer: Layer) -> Placed:
