@@ -279,6 +279,103 @@ def test_experts_apart_in_the_file_are_blended_by_their_tensors(tmp_path: Path) 
             torch.testing.assert_close(new[key].double() - old[key].double(), wanted, rtol=1e-3, atol=1e-5)
 
 
+@pytest.fixture
+def mixture_of_experts() -> Any:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    return transformers.MixtralForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("ranks", [{"q_proj": 2}, {"q_proj": 4, "experts.down_proj": 1}, {"q_proj": 12}])
+@pytest.mark.parametrize("init", ["pissa", True])
+def test_experts_of_another_rank_than_the_rest_are_combined(
+    init: str | bool, ranks: dict[str, int], mixture_of_experts: Any, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    base, ids = mixture_of_experts, torch.arange(16).reshape(2, 8)
+    fields = {
+        "r": 3, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "init_lora_weights": init,
+        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+        "rank_pattern": {"k_proj": 6, "v_proj": 6, "o_proj": 6, **ranks},
+        "alpha_pattern": {"experts.down_proj": 5},
+    }  # fmt: skip
+    adapter(base, tmp_path / "one", 1, **fields)
+    hs.combine([tmp_path / "one"] * 2, tmp_path / "out", weights=[0.25, 0.75])
+    alone, ours = copy.deepcopy(base), copy.deepcopy(base)
+    hs.load(alone, tmp_path / "one")
+    hs.load(ours, tmp_path / "out")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "out")).eval()
+    wanted = alone(ids).logits
+    assert (wanted - base(ids).logits).abs().max() > 0.01
+    for model in (ours, theirs):
+        torch.testing.assert_close(model(ids).logits, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_other_parameters_of_one_module_are_combined_on_the_base(mixture_of_experts: Any, tmp_path: Path) -> None:
+    both = ["experts.gate_up_proj", "experts.down_proj"]
+    folders = [
+        adapter(mixture_of_experts, tmp_path / str(i), i, target_modules=["q_proj"], target_parameters=names)
+        for i, names in enumerate([both, both[:1]])
+    ]
+    with pytest.raises(UnsupportedLayer, match="other parameters of 'model"):
+        hs.combine(folders, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
+        {"target_modules": ["q_proj", "norm"], "exclude_modules": r".*norm"},
+    ],
+    ids=str,
+)
+def test_whatever_peft_saves_is_combined_to_what_peft_computes(fields: dict[str, Any], tmp_path: Path) -> None:
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    base, ids = transformers.LlamaForCausalLM(config).eval(), torch.arange(16).reshape(2, 8)
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=4, **copy.deepcopy(fields))).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape)
+    theirs.save_pretrained(tmp_path / "one")
+    hs.combine([tmp_path / "one"], tmp_path / "out")
+    wanted = theirs(ids).logits
+    for folder in ("one", "out"):
+        ours = copy.deepcopy(base)
+        hs.load(ours, tmp_path / folder)
+        torch.testing.assert_close(ours(ids).logits, wanted, rtol=1e-4, atol=1e-5)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "out")).eval()
+    torch.testing.assert_close(again(ids).logits, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_copies_of_different_embeddings_are_refused(tmp_path: Path) -> None:
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        base = transformers.LlamaForCausalLM(config)
+        fields = peft.LoraConfig(r=4, target_modules=["embed_tokens"])
+        peft.get_peft_model(base, fields).save_pretrained(tmp_path / str(seed))
+    with pytest.raises(WrongBase, match="embed_tokens"):
+        hs.combine([tmp_path / "1", tmp_path / "2"], tmp_path / "out")
+
+
 def test_dora_and_modules_in_full_are_weighed_on_the_base(net: nn.Module, tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     save_file({k: v.clone() for k, v in net.state_dict().items()}, tmp_path / "base" / "model.safetensors")

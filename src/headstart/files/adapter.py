@@ -34,6 +34,7 @@ CORES = "trained_core.safetensors"  # see cores.py
 PREFIX = "base_model.model."
 METADATA = "headstart"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+COPY = ".base_layer.weight"  # PEFT saves the embeddings that it adapts
 SLOTS = {
     "lora_A.weight": "A",
     "lora_B.weight": "B",
@@ -97,6 +98,25 @@ class AdapterFile:
 def plain_name(path: str) -> str:
     """A name without the infixes that wrapping left in it."""
     return ".".join(part for part in path.split(".") if part != "base_layer")
+
+
+def parameters_in(path: str, config: Mapping[str, Any]) -> list[str]:
+    """The bare parameters of a module that a config names, by their own names."""
+    wanted = [str(name).rpartition(".") for name in config.get("target_parameters") or ()]
+    here, modules = f".{plain_name(path)}", config.get("target_modules") or ()
+    found = [leaf for owner, _, leaf in wanted if owner and here.endswith(f".{owner}")]
+    if found or isinstance(modules, str) or any(here.endswith(f".{module}") for module in modules):
+        return found
+    return [leaf for owner, _, leaf in wanted if not owner]
+
+
+def pattern_name(path: str, config: Mapping[str, Any]) -> str:
+    """What PEFT matches its patterns against: a layer's name, or that of the bare parameter in it.
+
+    Of several parameters the one that the module registers first, which is that of the gates, is wrapped innermost.
+    """
+    own = sorted(parameters_in(path, config), key=lambda leaf: "gate" not in leaf)
+    return f"{plain_name(path)}.{own[0 if 'base_layer' in path.split('.') else -1]}" if own else plain_name(path)
 
 
 def scales(entries: Sequence[Entry], names: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -293,7 +313,7 @@ def _sort(
         if ("magnitude" in found) != bool(config.get("use_dora")):
             odd = "a DoRA magnitude, and use_dora is off" if "magnitude" in found else "no DoRA magnitude"
             raise KeyMismatch(f"{folder}: {path!r} has {odd}: config and tensors are of different adapters")
-        rank, alpha = scale_of(plain_name(path), config)
+        rank, alpha = scale_of(pattern_name(path, config), config)
         entries[path] = Entry(path, found["A"], found["B"], rank, alpha, found.get("magnitude"), path in embeddings)
     return entries, extras
 

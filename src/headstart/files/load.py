@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from headstart.errors import AdapterFormatError, KeyMismatch, NoTarget, nearest
 from headstart.files import cores, quantized_base
-from headstart.files.adapter import AdapterFile, Entry, few, plain_name, read_adapter, scale_of
+from headstart.files.adapter import COPY, AdapterFile, Entry, few, plain_name, read_adapter, scale_of
 from headstart.files.bases import check_bases, check_copy
-from headstart.files.peft_rules import embeddings, ending_in, outputs_scaled
+from headstart.files.peft_rules import embeddings, ending_in, outputs_scaled, saved_modules
 from headstart.lora import adapt, matrix, quantized
 from headstart.lora.adapter import Adapter
 from headstart.lora.config import LoraConfig
@@ -108,7 +108,7 @@ def config_of(file: AdapterFile, modules: Sequence[str]) -> LoraConfig:
         target_modules=sorted({entry.name for entry in file.entries.values()}),
         use_dora=bool(given.get("use_dora")),
         bias=given.get("bias") or "none",
-        modules_to_save=ending_in(given.get("modules_to_save") or (), modules) or None,
+        modules_to_save=ending_in(saved_modules(file), modules) or None,
         task_type=given.get("task_type"),
     )
 
@@ -254,7 +254,7 @@ def _checked_extras(
             f".{name}".rpartition(".")[0].endswith(f".{m}") or f".{m}." in f".{name}"
             for m in config.modules_to_save or ()
         )
-        copied = key.endswith(".base_layer.weight") or any(here is weight for weight in ends)
+        copied = key.endswith(COPY) or any(here is weight for weight in ends)
         if here is None or not (saved or name in biases or copied):
             foreign.append(key)
         elif here.shape != value.shape:

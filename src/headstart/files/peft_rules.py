@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
-from headstart.files.adapter import Entry
+from headstart.files.adapter import COPY, AdapterFile, Entry, plain_name
 
 OUTPUT = ".base_layer.out_proj"  # of an attention
 
@@ -36,6 +37,17 @@ def embeddings(model: nn.Module) -> list[Tensor]:
         except (AttributeError, NotImplementedError):  # a model without
             continue
     return found
+
+
+def saved_modules(file: AdapterFile) -> list[str]:
+    """A file's modules_to_save, and with ensure_weight_tying the other end of a tied model: its tensor is there."""
+    named = [str(name) for name in file.config.get("modules_to_save") or ()]
+    if not named or not file.config.get("ensure_weight_tying"):
+        return named
+    whole = {plain_name(key): t for key, t in file.extras.items() if key.endswith(".weight") and not key.endswith(COPY)}
+    saved = [t for name, t in whole.items() if any(f"{module}." in name for module in named)]
+    tied = (name for name, t in whole.items() if any(t is not other and torch.equal(t, other) for other in saved))
+    return [*named, *(name.removesuffix(".weight") for name in tied if not any(f"{m}." in name for m in named))]
 
 
 def ending_in(ends: Iterable[str], names: Iterable[str]) -> list[str]:

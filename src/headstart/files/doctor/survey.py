@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from headstart.errors import AdapterFormatError
-from headstart.files.adapter import CONFIG, METADATA, PREFIX, few, plain_name, scale_of
+from headstart.files.adapter import CONFIG, METADATA, PREFIX, few, parameters_in, pattern_name, plain_name, scale_of
 from headstart.files.doctor.stranger import (
     DIALECTS,
     DIFFUSERS,
@@ -210,7 +210,7 @@ def _layer(found: Survey, path: str, keys: Mapping[str, str]) -> Layer:
     if a[0] != b[1] and (len(a) == 2 or a[0] % b[1]):
         raise AdapterFormatError(f"{path!r}: A {a} and B {b} do not multiply")
     stated, scaling = _scale(found, path, keys, a[0])
-    several = _experts(found, path) and a[0] != stated and a[0] % stated == 0
+    several = parameters_in(path, found.config) and a[0] != stated and a[0] % stated == 0
     experts = a[0] // stated if several else 0
     rank = stated if several else a[0]
     return Layer(path, keys, rank, stated, scaling, (b[0], math.prod(a[1:])), dtype, experts)
@@ -219,7 +219,7 @@ def _layer(found: Survey, path: str, keys: Mapping[str, str]) -> Layer:
 def _scale(found: Survey, path: str, keys: Mapping[str, str], rank: int) -> tuple[int, float]:
     """The rank that the file states for a layer, and s."""
     if found.dialect is PEFT:
-        stated, alpha = scale_of(_pattern_name(found, path), found.config)
+        stated, alpha = scale_of(pattern_name(path, found.config), found.config)
         return stated, alpha / stated
     if found.dialect.name == "mlx":
         given = found.config.get("lora_parameters")
@@ -229,21 +229,3 @@ def _scale(found: Survey, path: str, keys: Mapping[str, str], rank: int) -> tupl
         alpha = float(found.read(keys["alpha"]))
         return rank, alpha / rank if alpha else 1.0
     return rank, 1.0
-
-
-def _experts(found: Survey, path: str) -> list[str]:
-    """The bare parameters that the config names in this module."""
-    wanted = found.config.get("target_parameters") or ()
-    owners = [(str(name), str(name).rpartition(".")[0]) for name in wanted]
-    here = plain_name(path)
-    return [name for name, owner in owners if owner and (here == owner or here.endswith(f".{owner}"))]
-
-
-def _pattern_name(found: Survey, path: str) -> str:
-    """What the patterns are matched against: of bare parameters the wrapped one stands first."""
-    own = [name.rpartition(".")[2] for name in _experts(found, path)]
-    if not own:
-        return plain_name(path)
-    ordered = sorted(own, key=lambda name: "gate" not in name)
-    inner = path.split(".").count("base_layer")
-    return f"{plain_name(path)}.{ordered[0 if inner else -1]}"

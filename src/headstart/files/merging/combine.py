@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from headstart.errors import BadOption, KeyMismatch, UnsupportedLayer, WrongBase
-from headstart.files.adapter import AdapterFile, few, plain_name, read_adapter, scales, write_adapter
+from headstart.files.adapter import COPY, AdapterFile, few, plain_name, read_adapter, scales, write_adapter
+from headstart.files.bases import check_copy
 from headstart.files.folder import check_apart, check_free, write_folder
 from headstart.files.header import odd_names
 from headstart.files.merging.combined_file import entries_of, fields_of, pattern_names, provenance_of
-from headstart.files.merging.factors import Factors, check_alike, combined, factors_of
+from headstart.files.merging.factors import Factors, check_alike, check_parameters, combined, factors_of
+from headstart.files.peft_rules import saved_modules
 from headstart.files.quantized_base import apart
 from headstart.linalg.blend import SPARSE, check_method
 
@@ -133,7 +135,10 @@ def _check(files: Sequence[AdapterFile], weights: Sequence[float]) -> None:
             raise UnsupportedLayer(f"{file.folder} stands on a quantised base of its own: it combines with nothing")
         _check_names(file)
         for name in file.extras:
-            if name.endswith(".base_layer.weight"):  # PEFT's copy of an embedding of the base
+            if name.endswith(COPY):
+                if name in owners:
+                    check_copy(name, file.extras[name], owners[name].extras[name], file)
+                owners[name] = file
                 continue
             if name in owners or weight != 1:
                 who = (
@@ -143,6 +148,8 @@ def _check(files: Sequence[AdapterFile], weights: Sequence[float]) -> None:
                     f"{who} {name!r} in full. What a share of that is, the base says: `headstart merge` them into it"
                 )
             owners[name] = file
+    for path in dict.fromkeys(path for file in files for path in file.entries):
+        check_parameters(path, files)
     _check_bases(files)
 
 
@@ -150,13 +157,13 @@ def _check_names(file: AdapterFile) -> None:
     """Refuse tensors that no module has, or that the config does not tell of."""
     if odd := odd_names([*file.entries, *file.extras]):
         raise KeyMismatch(f"{file.folder} holds names that no module has: {few(odd)}")
-    saved = [str(name) for name in file.config.get("modules_to_save") or ()]
+    saved = saved_modules(file)
     biases = file.config.get("bias") not in (None, "none") or bool(file.config.get("lora_bias"))
     foreign = [
         name
-        for name in map(plain_name, file.extras)
-        if not (name.endswith(".base_layer.weight") or (biases and name.rpartition(".")[2] == "bias"))
-        and not any(f".{module}." in f".{name}" for module in saved)
+        for name in (plain_name(key) for key in file.extras if not key.endswith(COPY))
+        # PEFT goes by the end of a module's name, dot or no dot.
+        if not (biases and name.endswith(".bias")) and not any(f"{module}." in name for module in saved)
     ]
     if foreign:
         raise KeyMismatch(

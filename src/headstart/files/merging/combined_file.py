@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from headstart.files.adapter import AdapterFile, Entry, plain_name
+from headstart.files.adapter import AdapterFile, Entry, parameters_in, pattern_name, plain_name
 from headstart.files.fields import VERSION
 from headstart.files.merging.factors import Factors, padded, stacked_in
-from headstart.files.peft_rules import OUTPUT
+from headstart.files.peft_rules import OUTPUT, saved_modules
 
 
 def entries_of(files: Sequence[AdapterFile], found: Mapping[str, Factors]) -> list[Entry]:
@@ -48,28 +48,23 @@ def _outputs_alike(entries: list[Entry]) -> list[Entry]:
 def pattern_names(files: Sequence[AdapterFile], entries: Sequence[Entry]) -> dict[str, str]:
     """What PEFT matches rank_pattern against, where it is not the layer's name."""
     names = {e.path: plain_name(e.path.removesuffix(OUTPUT)) for e in entries if e.path.endswith(OUTPUT)}
-    wanted = sorted({str(name) for file in files for name in file.config.get("target_parameters") or ()})
-    for entry in entries:
-        own = [name for name in wanted if stacked_in(files, entry.path)]
-        if own:
-            names[entry.path] = f"{entry.name}.{own[0].rpartition('.')[2]}"
-    return names
+    parameters = {"target_parameters": _parameters(files)}
+    return names | {e.path: pattern_name(e.path, parameters) for e in entries if parameters_in(e.path, parameters)}
 
 
 def fields_of(files: Sequence[AdapterFile], entries: Sequence[Entry]) -> dict[str, Any]:
     """PEFT's config but for the scales."""
     first = files[0].config
-    parameters = sorted({str(name) for file in files for name in file.config.get("target_parameters") or ()})
-    bare = {e.path for e in entries if stacked_in(files, e.path)}
-    lists = [file.config.get("target_modules") for file in files]
+    parameters = _parameters(files)
+    bare = {e.path for e in entries if parameters_in(e.path, {"target_parameters": parameters})}
     named = sorted({e.name for e in entries if e.path not in bare and not e.path.endswith(OUTPUT)})
-    same = all(isinstance(one, list) and sorted(one) == sorted(lists[0]) for one in lists)  # type: ignore[arg-type]
-    saved = sorted({str(name) for file in files for name in file.config.get("modules_to_save") or ()})
+    targets = _shared_targets(files) or named
+    saved = sorted({name for file in files for name in saved_modules(file)})
     fields = {
         "peft_type": "LORA",
         "task_type": first.get("task_type"),
         "base_model_name_or_path": first.get("base_model_name_or_path"),
-        "target_modules": sorted(lists[0]) if same else named,  # type: ignore[arg-type]
+        "target_modules": targets,
         "modules_to_save": saved or None,
         "bias": next((b for file in files if (b := file.config.get("bias")) not in (None, "none")), "none"),
         "lora_dropout": 0.0,
@@ -80,6 +75,22 @@ def fields_of(files: Sequence[AdapterFile], entries: Sequence[Entry]) -> dict[st
         "inference_mode": True,
     }
     return {**fields, "target_parameters": parameters} if parameters else fields
+
+
+_NARROWED = ("exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying")
+
+
+def _shared_targets(files: Sequence[AdapterFile]) -> list[str] | None:
+    """The list of targets that all files have, where it alone says which layers are meant."""
+    lists = [file.config.get("target_modules") for file in files]
+    found = sorted(lists[0]) if isinstance(lists[0], list) else None
+    if any(not isinstance(one, list) or sorted(one) != found for one in lists):
+        return None
+    return None if any(file.config.get(field) for file in files for field in _NARROWED) else found
+
+
+def _parameters(files: Sequence[AdapterFile]) -> list[str]:
+    return sorted({str(name) for file in files for name in file.config.get("target_parameters") or ()})
 
 
 def provenance_of(files: Sequence[AdapterFile], weights: Sequence[float], method: str) -> dict[str, Any]:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from headstart import linalg
-from headstart.errors import KeyMismatch
-from headstart.files.adapter import AdapterFile, Entry, plain_name
+from headstart.errors import KeyMismatch, UnsupportedLayer
+from headstart.files.adapter import AdapterFile, Entry, few, parameters_in, plain_name
 from headstart.files.peft_rules import OUTPUT
 from headstart.linalg.blend import SPARSE, blend
 
@@ -53,7 +53,7 @@ def _scale(file: AdapterFile, path: str) -> float:
 
 def is_stack(file: AdapterFile, entry: Entry) -> bool:
     """Whether this is a parameter of several matrices."""
-    return bool(file.config.get("target_parameters")) and entry.A.ndim == 2 and entry.A.shape[0] != entry.rank
+    return bool(parameters_in(entry.path, file.config)) and entry.A.ndim == 2 and entry.A.shape[0] != entry.rank
 
 
 def _blocks(file: AdapterFile, entry: Entry) -> int:
@@ -62,6 +62,16 @@ def _blocks(file: AdapterFile, entry: Entry) -> int:
     if not across or entry.A.shape[0] % across:
         raise KeyMismatch(f"{file.folder}: A and B of {entry.name!r} have no rank in common")
     return int(entry.A.shape[0] // across)
+
+
+def check_parameters(path: str, files: Sequence[AdapterFile]) -> None:
+    """Refuse a module of which the files adapt other parameters: which is which then depends on the file."""
+    named = {frozenset(parameters_in(path, file.config)) for file in files if path in file.entries}
+    if len(named) > 1:
+        raise UnsupportedLayer(
+            f"the adapters change other parameters of {plain_name(path)!r} ({few(sorted(set().union(*named)))}): "
+            "`headstart merge` them into the base"
+        )
 
 
 def check_alike(path: str, terms: Sequence[Factors]) -> None:
