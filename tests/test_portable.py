@@ -152,6 +152,24 @@ def test_compact_keeps_what_peft_keeps(tmp_path: Path) -> None:
         assert off(case, by_peft(case, out / "b"), outputs(case, case.trained)) <= 1e-6
 
 
+def test_compact_keeps_the_biases_of_adapted_layers_for_peft(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = gpt2().eval()
+    theirs = peft.get_peft_model(
+        copy.deepcopy(base), peft.LoraConfig(r=4, target_modules=["c_attn"], bias="all")
+    ).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape)
+    theirs.save_pretrained(tmp_path / "adapter")
+    for given in (None, base):
+        out = tmp_path / f"out {given is None}"
+        hs.export(tmp_path / "adapter", out, "compact", base=given)
+        again = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(out)).eval()
+        torch.testing.assert_close(again(ids()).logits, theirs(ids()).logits, rtol=1e-4, atol=1e-5)
+
+
 def test_what_was_exported_loads_here_too(tmp_path: Path) -> None:
     case = Case("pissa", PATTERNS)
     for profile in ("portable", "compact"):

@@ -10,15 +10,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from headstart.errors import BadOption, KeyMismatch, NotPortable
-from headstart.files.adapter import AdapterFile, Entry, few, read_adapter
+from headstart.files.adapter import COPY, AdapterFile, Entry, few, plain_name, read_adapter
 from headstart.files.fields import is_mutating
 from headstart.files.header import odd_names
 from headstart.files.load import plan_load
 from headstart.files.peft_rules import OUTPUT, outputs_scaled
 from headstart.files.portable.change import Change
 from headstart.files.portable.start import changes_of
-
-COPY = ".base_layer.weight"
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ def open_parcel(adapter: str | Path, base: nn.Module | None = None, initial: str
             f"{file.folder} adapts bare parameters ({few(file.config['target_parameters'])}), which every engine "
             "stores in its own way: pass it on as it is saved, or merge it"
         )
-    extras = file.extras if base is None else plan_load(base, file).extras
+    extras = file.extras if base is None else _kept(file, plan_load(base, file).extras)
     attentions = [path for path in file.entries if f"{path}{OUTPUT}" in file.entries]
     entries = outputs_scaled(file.entries, attentions, 1.0)
     for entry in entries:
@@ -73,6 +71,12 @@ def open_parcel(adapter: str | Path, base: nn.Module | None = None, initial: str
     elif initial is not None:
         raise BadOption(f"{file.folder} did not replace its base's weights: leave out `initial`")
     return Parcel(file, sorted(changes, key=lambda change: change.name), extras, base)
+
+
+def _kept(file: AdapterFile, checked: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that are the adapter's own, by the names of its file: PEFT knows no others."""
+    own = {id(value) for value in checked.values()}
+    return {name: value for name, value in file.extras.items() if id(value) in own}
 
 
 def needs_values(adapter: str | Path) -> bool:
@@ -134,7 +138,7 @@ def refuse_embeddings(parcel: Parcel, profile: str, why: str) -> None:
 def refuse_extras(parcel: Parcel, profile: str) -> None:
     """Refuse whatever is no low-rank change: nothing is dropped in silence."""
     names, trained = sorted(parcel.extras), parcel.config.get("bias", "none") != "none"
-    biases = [name for name in names if trained and name.endswith(".bias")]
+    biases = [plain_name(name) for name in names if trained and name.endswith(".bias")]
     copies = [name for name in names if name.endswith(COPY)]
     if copies and not biases:
         raise NotPortable(
