@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -168,6 +169,19 @@ def test_compact_keeps_the_biases_of_adapted_layers_for_peft(tmp_path: Path) -> 
         hs.export(tmp_path / "adapter", out, "compact", base=given)
         again = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(out)).eval()
         torch.testing.assert_close(again(ids()).logits, theirs(ids()).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("profile", ["portable", "compact"])
+def test_layers_that_engines_run_otherwise_are_named(profile: str, tmp_path: Path) -> None:
+    for name, said in {"conv2d_circular": True, "conv2d": False}.items():
+        case = Case("kaiming", KINDS[name])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            saved(case, tmp_path / name)
+        out = tmp_path / f"out {name}"
+        report = hs.export(tmp_path / name, out, profile, base=case.model())
+        assert any("something else for 'left', 'right'" in note for note in report.notes) is said
+        assert (off(case, by_peft(case, out), outputs(case, case.trained)) > 0.1) is said
 
 
 def test_what_was_exported_loads_here_too(tmp_path: Path) -> None:

@@ -28,6 +28,19 @@ def outputs_scaled(entries: Mapping[str, Entry], attentions: Iterable[str], fact
     return list(found.values())
 
 
+def is_misread(module: nn.Module, replaced: bool, dora: bool) -> bool:
+    """Whether PEFT's own layer computes otherwise than this one does.
+
+    Args:
+        replaced: whether the layer runs with W + ΔW in its weight's place, and no branch beside it.
+    """
+    if replaced:
+        return True
+    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return False
+    return (dora and module.groups > 1) or module.padding_mode != "zeros" or any(step != 1 for step in module.dilation)
+
+
 def embeddings(model: nn.Module) -> list[Tensor]:
     """The weights at a language model's two ends, which PEFT saves in full where the vocabulary has grown."""
     found = []

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from headstart.files import cores, quantized_base
 from headstart.files.adapter import CORES, REPORT, TAKEN, Entry, few, no_file_at, plain_name, scales, write_adapter
 from headstart.files.fields import VERSION
-from headstart.files.peft_rules import OUTPUT, ending_in, outputs_scaled
+from headstart.files.peft_rules import OUTPUT, ending_in, is_misread, outputs_scaled
 from headstart.files.quantized_base import sample
 from headstart.lora import matrix, merge
 from headstart.lora.adapter import Adapter, adapter_of, base_name
@@ -62,7 +62,11 @@ def save(model: nn.Module, path: str | Path, *, rank: int | None = None) -> dict
     entries = outputs_scaled({name: entry for name, (entry, _) in found.items()}, _attentions(layers), 0.5)
     config = {**_fields(adapter, layers), **scales(entries, _pattern_names(layers))}
     origin = _provenance(adapter.report, layers, truncated=rank is not None)
-    if misread := [name for name, layer in layers.items() if _is_misread(layer, config["use_dora"])]:
+    if misread := [
+        name
+        for name, layer in layers.items()
+        if is_misread(frozen_module(layer), layer.layout.own_way or layer.read, config["use_dora"])
+    ]:
         warnings.warn(
             "PEFT ignores dilation and padding_mode, groups under DoRA, a forward of the layer's own, and that a model "
             f"reads a weight: it will compute something else for {few(misread)}. Load this adapter with headstart, or "
@@ -78,16 +82,6 @@ def save(model: nn.Module, path: str | Path, *, rank: int | None = None) -> dict
         beside = {TAKEN: quantized_base.taken_from(_bases(layers)), CORES: cores.tensors_of(trained)}
         write_adapter(Path(path), entries, config, extras, origin, {REPORT: adapter.report.to_json()}, beside)
     return dropped if rank is not None else {}
-
-
-def _is_misread(layer: LoraLayer, dora: bool) -> bool:
-    """Whether PEFT's own layer would compute otherwise than the frozen one does."""
-    module = frozen_module(layer)
-    if layer.layout.own_way or layer.read:
-        return True
-    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return False
-    return (dora and module.groups > 1) or module.padding_mode != "zeros" or any(step != 1 for step in module.dilation)
 
 
 def _entry(name: str, layer: LoraLayer, rank: int | None) -> tuple[Entry, float]:

@@ -13,10 +13,13 @@ from headstart.errors import BadOption, KeyMismatch, NotPortable
 from headstart.files.adapter import COPY, AdapterFile, Entry, few, plain_name, read_adapter
 from headstart.files.fields import is_mutating
 from headstart.files.header import odd_names
-from headstart.files.load import plan_load
-from headstart.files.peft_rules import OUTPUT, outputs_scaled
+from headstart.files.load import plan_load, sites_of
+from headstart.files.peft_rules import OUTPUT, is_misread, outputs_scaled
 from headstart.files.portable.change import Change
 from headstart.files.portable.start import changes_of
+from headstart.lora import matrix
+from headstart.lora.layers.read import is_read
+from headstart.lora.targets import holders_of
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,18 @@ def _kept(file: AdapterFile, checked: Mapping[str, Tensor]) -> dict[str, Tensor]
     """The tensors that are the adapter's own, by the names of its file: PEFT knows no others."""
     own = {id(value) for value in checked.values()}
     return {name: value for name, value in file.extras.items() if id(value) in own}
+
+
+def misread(parcel: Parcel) -> list[str]:
+    """The layers, as far as the base is known, that PEFT and whoever follows it run otherwise than the base does."""
+    if parcel.base is None:
+        return []
+    holders, dora = holders_of(parcel.base), bool(parcel.config.get("use_dora"))
+    return sorted(
+        plain_name(path)
+        for path, (module, parameter) in sites_of(parcel.base, parcel.file).items()
+        if is_misread(module, matrix.layout(module, parameter).own_way or is_read(module, holders[module]), dora)
+    )
 
 
 def needs_values(adapter: str | Path) -> bool:

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from headstart.errors import BadOption, FileError, nearest
-from headstart.files.adapter import CONFIG, TENSORS, no_file_at
+from headstart.files.adapter import CONFIG, TENSORS, few, no_file_at
 from headstart.files.fields import VERSION
 from headstart.files.portable import compact, everywhere, kohya, llama_cpp, mlx
 from headstart.files.portable.change import DTYPES, Change, error_of, exact_dtype, padded, size_of, stored, trimmed
-from headstart.files.portable.parcel import Parcel, open_parcel
+from headstart.files.portable.parcel import Parcel, misread, open_parcel
 from headstart.lora.config import check_rank
 
 Write = Callable[[Parcel, Sequence[Change], Mapping[str, Any], Path], None]
@@ -142,10 +142,17 @@ def export(
     target = _place(Path(out), kind, parcel)
     kind.refuse(parcel)
     changes = compact.changes(parcel, rank, dtype) if profile == "compact" else _uniform(parcel, kind, rank, dtype)
-    report = _report(profile, target, parcel, changes, kind.notes(parcel, changes))
+    report = _report(profile, target, parcel, changes, [*kind.notes(parcel, changes), *_misread(parcel)])
     kind.write(parcel, changes, _origin(parcel, report), target)
     folder, files = (target.parent, (target.name,)) if kind.single else (target, kind.files)
     return dataclasses.replace(report, bytes=sum((folder / name).stat().st_size for name in files))
+
+
+def _misread(parcel: Parcel) -> list[str]:
+    found = misread(parcel)
+    said = "engines ignore dilation, padding_mode, a forward of the layer's own, and that a model reads a weight"
+    again = f"{said}: they will compute something else for {few(found)}. Merge it, or load it with headstart"
+    return [again] if found else []
 
 
 def _sized(count: int) -> str:
