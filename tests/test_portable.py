@@ -597,6 +597,11 @@ def test_the_source_and_other_kinds_of_files_are_not_overwritten(tmp_path: Path)
         hs.export(tmp_path / "a", tmp_path / "a" / TENSORS, "kohya", prefix="lora_te")
     with pytest.raises(FileError, match="another kind"):
         hs.export(saved(case, tmp_path / "b"), tmp_path / "a", "mlx")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(FileError, match="holds a model"):  # transformers would load both
+        hs.export(tmp_path / "a", tmp_path / "model", "portable")
+    assert [each.name for each in (tmp_path / "model").iterdir()] == ["config.json"]
     hs.export(tmp_path / "a", tmp_path / "m", "mlx")
     with pytest.raises(FileError, match="another kind"):
         hs.export(tmp_path / "a", tmp_path / "m")

@@ -179,6 +179,8 @@ def _place(out: Path, kind: Profile, parcel: Parcel) -> Path:
         taken = out.parent.resolve() == parcel.file.folder.resolve() and out.name == TENSORS
     else:
         no_file_at(out)
+        if (out / "config.json").exists():
+            raise FileError(f"{out} holds a model, with which an adapter there would be loaded: choose another folder")
         taken = out.resolve() == parcel.file.folder.resolve()
     if taken:
         raise FileError(f"{out} holds the adapter that is read: choose another place for the export")
