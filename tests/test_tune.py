@@ -289,6 +289,28 @@ def test_the_demo_tells_the_truth(
     assert demo.run_demo(str(checkpoint)).output == "demo-run-2"
 
 
+def test_two_processes_train_as_one_with_twice_the_rows(recipe: Any, tmp_path: Path) -> None:
+    """On CPUs, where transformers leaves processes alone unless it is told to use the CPU."""
+    one = recipe(steps=3, output=str(tmp_path / "one"), log_every=1)
+    file = tmp_path / "two.yaml"
+    file.write_text(recipe(steps=3, batch_size=2, output=str(tmp_path / "two")).to_yaml(), encoding="utf-8")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([*launch, "-m", "headstart.cli", "tune", "--config", str(file)], check=True, env=environment)
+    run(one, SILENT)
+    losses = [
+        [
+            (line["step"], line["loss"], line["num_tokens"])
+            for line in read_metrics(folder / "metrics.jsonl")
+            if "loss" in line
+        ]
+        for folder in (tmp_path / "one", tmp_path / "two")
+    ]
+    assert losses[1] == [pytest.approx(line, rel=1e-5) for line in losses[0]]
+    left, right = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
+    assert all(torch.allclose(left[name], right[name], rtol=1e-3, atol=1e-5) for name in left)
+
+
 # --- interruption
 
 
@@ -527,6 +549,28 @@ def test_a_checkpoint_of_another_folder_may_be_gone_on_from(recipe: Any, tmp_pat
     assert (finished.steps, finished.held_out_before) == (8, None)
     assert finished.tokens > 0  # what the run came to is logged at its end, whatever log_every is
     assert Folder(tmp_path / "other").recorded().resume is None
+
+
+class Groups(TrainerCallback):
+    """Writes down what the optimizer does at each step."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, list[tuple[float, float, float | None]]] = {}
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        groups = kwargs["optimizer"].param_groups
+        self.seen[state.global_step] = [(g["lr"], g["weight_decay"], g.get("damping")) for g in groups]
+
+
+def test_what_goes_on_from_a_checkpoint_by_name_has_its_own_rate_decay_and_damping(recipe: Any, tmp_path: Path) -> None:
+    fields = {"optimizer": "preconditioned", "lr_scheduler": "linear", "warmup": 0, "steps": 8, "save_every": 4}
+    run(recipe(**fields), SILENT)
+    checkpoint, groups = str(tmp_path / "run" / "checkpoints" / "checkpoint-4"), Groups()
+    other = {"resume": checkpoint, "output": str(tmp_path / "other")}
+    run(recipe(**fields | other, learning_rate=1e-4, weight_decay=0.5, damping=0.3), SILENT, [groups])
+    assert groups.seen == {step: [(pytest.approx(1e-4 * (8 - step) / 8), 0.5, 0.3)] for step in range(4, 8)}
+    with pytest.raises(BadOption, match=r"checkpoint-4' is of another optimizer .*: pass the --optimizer that its run"):
+        run(recipe(**fields | other | {"optimizer": "adamw", "output": str(tmp_path / "third")}), SILENT)
 
 
 def test_a_folder_that_is_no_model_is_told_apart(tmp_path: Path) -> None:

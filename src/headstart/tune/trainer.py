@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PrinterCallback, TrainerState
 from trl import SFTConfig, SFTTrainer
 
-from headstart.errors import DataError, UnsupportedLayer
+from headstart.errors import BadOption, DataError, UnsupportedLayer
 from headstart.lora.optim import PreconditionedAdamW, lora_plus_groups, preconditioned_groups
 from headstart.tune import data
 from headstart.tune.folder import Folder
@@ -43,6 +43,27 @@ class Trainer(SFTTrainer):
         if num_training_steps == 1:
             self.args.warmup_steps = 0
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The moments and the place on the schedule are the checkpoint's; rates, decay and damping are this run's.
+
+        Raises:
+            BadOption: if the checkpoint is of another optimizer.
+        """
+        if checkpoint is None or self.optimizer is None:
+            return
+        own = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in self.optimizer.param_groups]
+        schedule: Any = self.lr_scheduler
+        rates = list(schedule.base_lrs)
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as problem:
+            raise BadOption(
+                f"{checkpoint!r} is of another optimizer ({problem}): pass the --optimizer that its run had"
+            ) from None
+        schedule.base_lrs = rates
+        for group, kept, rate, at in zip(self.optimizer.param_groups, own, rates, schedule.lr_lambdas, strict=True):
+            group.update(kept, lr=rate * at(schedule.last_epoch))
 
     def stand_at(self, checkpoint: Path) -> None:
         """Be where a run ended whose last step this checkpoint holds: `train` would take one more."""
@@ -87,6 +108,7 @@ def build_trainer(
         gradient_checkpointing=config.gradient_checkpointing,
         # The weights have the dtype of the run and the factors stay float32; autocast would only add casts.
         bf16=False,
+        use_cpu=not torch.accelerator.is_available(),  # Or processes on CPUs would not know of each other.
         seed=config.seed,
         data_seed=config.seed,
         logging_steps=config.log_every,
@@ -135,6 +157,7 @@ def tokenized(
         assistant_only_loss=assistant_only,
         gradient_checkpointing=config.gradient_checkpointing,
         bf16=False,
+        use_cpu=not torch.accelerator.is_available(),  # Or processes on CPUs would not know of each other.
         seed=config.seed,
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
