@@ -93,6 +93,13 @@ class Product(nn.Linear):
         return input @ self.weight.T + self.bias
 
 
+class DropConnect(nn.Linear):
+    """Drops weights, in training alone."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, F.dropout(self.weight, 0.2, self.training), self.bias)
+
+
 class Uncalled(nn.Module):
     """As WavLM's attention and Mamba's mixer: the weights of layers are read."""
 
@@ -211,8 +218,9 @@ def test_dropout_is_refused_where_it_has_no_place(layer: nn.Module) -> None:
     assert model.layer is layer
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_linear_is_known_for_a_product_by_what_it_gives(dtype: torch.dtype) -> None:
+def test_a_linear_is_known_for_a_product_by_what_it_gives(dtype: torch.dtype, training: bool) -> None:
     """A product keeps its branch beside it, with dropout and a sight of its inputs."""
     state = torch.get_rng_state()
     for layer, expected in (
@@ -222,9 +230,11 @@ def test_a_linear_is_known_for_a_product_by_what_it_gives(dtype: torch.dtype) ->
         (Widened(64, 48), True),
         (Router(64, 48), True),
         (gained(1.0).layer, True),
+        (DropConnect(64, 48), True),
     ):
         torch.set_rng_state(state)
-        assert matrix.layout(layer.to(dtype)).own_way == expected, layer
+        assert matrix.layout(layer.to(dtype).train(training)).own_way == expected, layer
+        assert layer.training == training
         assert torch.equal(torch.get_rng_state(), state)
     with torch.device("meta"):
         assert matrix.layout(Widened(64, 48)).own_way

@@ -7,7 +7,8 @@ are called as their kind is, and how a weight is read and put, sharded, quantise
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -44,7 +45,7 @@ def _runs_its_own_way(module: nn.Module) -> bool:
 
 
 def _is_a_product(module: nn.Linear) -> bool:
-    """Whether W·x + b is all that the forward of a Linear gives: tried once, with two rows.
+    """Whether W·x + b is all that the forward of a Linear gives: tried once, with two rows, as in training.
 
     What more it may hold, a gain or a mask, may be without effect today and not tomorrow. Without values only the
     shape is told.
@@ -58,13 +59,27 @@ def _is_a_product(module: nn.Linear) -> bool:
         try:
             x = weight.new_ones(1, 2, weight.shape[1]).cumsum(-1).sin()
             x[:, 1] *= 2
-            found = type(module).forward(module, x)
+            with _training(module):
+                found = type(module).forward(module, x)
         except Exception:  # whatever it asks for beside rows
             return False
         wanted = F.linear(x, weight, module.bias)
         if not isinstance(found, Tensor) or found.shape != wanted.shape:
             return False
         return is_hollow(weight) or bool((found - wanted).norm() <= 0.01 * wanted.norm())
+
+
+@contextmanager
+def _training(module: nn.Linear) -> Iterator[None]:
+    """The layer trains, whatever the mode it is found in; the mode and the random state come back."""
+    mode, weight = module.training, module.weight
+    devices = [weight.device.index or 0] if weight.is_cuda else []
+    with torch.random.fork_rng(devices=devices, enabled=not is_hollow(weight)):
+        module.training = True
+        try:
+            yield
+        finally:
+            module.training = mode
 
 
 def embed_scale(module: nn.Module) -> Tensor | float | None:
