@@ -995,6 +995,17 @@ def test_turned_blocks_are_turned_back_for_as_long_as_they_are_adapted(
         assert torch.equal(scales, rounded)
 
 
+def test_a_4bit_layer_whose_weight_is_no_4bit_one_is_left_alone(net: Net, x: Tensor) -> None:
+    """As FSDP and whoever dequantises by hand leave them."""
+    model = turn(pack(net, linear4bit))
+    model.down._parameters["weight"] = nn.Parameter(torch.zeros(N, M), requires_grad=False)
+    hs.adapt(model, config("pissa", target_modules=["up"]))
+    assert not quantized._is_turned(model.up.weight.quant_state)
+    hs.remove(model)
+    assert model.up.support_avx512bf16_for_cpu
+    assert model.down.support_avx512bf16_for_cpu
+
+
 def test_a_calibration_of_turned_blocks_sees_the_gradients_through_them(net: Net, x: Tensor) -> None:
     model = turn(pack(net, linear4bit))
     up, down = (quantized.values(layer.weight, layer) for layer in (model.up, model.down))

@@ -180,8 +180,8 @@ def keep_blocks(model: nn.Module) -> list[nn.Module]:
     found = [module for module in model.modules() if module.__dict__.get(_TURNS)]
     for module in found:
         module.__dict__[_TURNS] = False
-        weight: Any = module._parameters["weight"]
-        if _is_turned(weight.quant_state):
+        weight: Any = module._parameters.get("weight")
+        if weight is not None and _is_4bit(weight) and _is_turned(weight.quant_state):
             codes, state = _turned_back(weight.data, weight.quant_state)
             weight.data, weight.quant_state.__dict__ = codes, state.__dict__
     return found
