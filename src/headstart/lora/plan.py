@@ -52,8 +52,8 @@ class Plan:
         for name, target in chosen.items():
             if needs[name] - {"gradient"} and (not is_called(target) or target.layout.kind == "embedding"):
                 raise UnsupportedLayer(
-                    f"the inputs of {name!r} are token ids, or are not seen: it is read, or has a forward of its own. "
-                    "Exclude it, or choose an init that needs its gradient alone"
+                    f"the inputs of {name!r} are token ids, or are not seen (it is read, or has a forward of its own): "
+                    "exclude it, or choose an init that needs its gradient alone"
                 )
         return cls(chosen, needs, ranks, configs[0].seed, dense, exact_inputs)
 
