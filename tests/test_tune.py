@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -284,7 +285,9 @@ def test_the_demo_tells_the_truth(
     assert finished.output == "demo-run"
     assert "trainable params: " in shown
     assert f"held-out loss {finished.held_out_before:.3f} → {finished.held_out_after:.3f}" in shown
-    assert f"loaded again with PEFT alone: held-out loss {finished.held_out_after:.3f}" in shown
+    (again,) = re.findall(r"loaded again with PEFT alone: held-out loss ([\d.]+)", shown)
+    rounding = {"float32": 1e-5, "bfloat16": 2e-3}[models.faster_on_cpu()]  # PEFT's products are rounded elsewhere.
+    assert float(again) == pytest.approx(finished.held_out_after, abs=0.0005 + rounding)
     assert shown.count("  before  ") == shown.count("  after   ") == 2
     assert demo.run_demo(str(checkpoint)).output == "demo-run-2"
 
