@@ -555,23 +555,29 @@ def test_a_checkpoint_of_another_folder_may_be_gone_on_from(recipe: Any, tmp_pat
 
 
 class Groups(TrainerCallback):
-    """Writes down what the optimizer does at each step."""
+    """Writes down what the optimizer does at each step, and what rate the log has for it."""
 
     def __init__(self) -> None:
         self.seen: dict[int, list[tuple[float, float, float | None]]] = {}
+        self.logged: list[float] = []
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         groups = kwargs["optimizer"].param_groups
         self.seen[state.global_step] = [(g["lr"], g["weight_decay"], g.get("damping")) for g in groups]
 
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        self.logged += [logs["learning_rate"]] if "learning_rate" in logs else []
+
 
 def test_what_goes_on_from_a_checkpoint_by_name_has_its_own_rate_decay_and_damping(recipe: Any, tmp_path: Path) -> None:
     fields = {"optimizer": "preconditioned", "lr_scheduler": "linear", "warmup": 0, "steps": 8, "save_every": 4}
+    fields |= {"log_every": 1}
     run(recipe(**fields), SILENT)
     checkpoint, groups = str(tmp_path / "run" / "checkpoints" / "checkpoint-4"), Groups()
     other = {"resume": checkpoint, "output": str(tmp_path / "other")}
     run(recipe(**fields | other, learning_rate=1e-4, weight_decay=0.5, damping=0.3), SILENT, [groups])
     assert groups.seen == {step: [(pytest.approx(1e-4 * (8 - step) / 8), 0.5, 0.3)] for step in range(4, 8)}
+    assert groups.logged == pytest.approx([lr for ((lr, _, _),) in groups.seen.values()])
     with pytest.raises(BadOption, match=r"checkpoint-4' is of another optimizer .*: pass the --optimizer that its run"):
         run(recipe(**fields | other | {"optimizer": "adamw", "output": str(tmp_path / "third")}), SILENT)
 

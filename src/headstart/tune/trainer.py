@@ -62,8 +62,10 @@ class Trainer(SFTTrainer):
                 f"{checkpoint!r} is of another optimizer ({problem}): pass the --optimizer that its run had"
             ) from None
         schedule.base_lrs = rates
-        for group, kept, rate, at in zip(self.optimizer.param_groups, own, rates, schedule.lr_lambdas, strict=True):
-            group.update(kept, lr=rate * at(schedule.last_epoch))
+        here = [rate * at(schedule.last_epoch) for rate, at in zip(rates, schedule.lr_lambdas, strict=True)]
+        schedule._last_lr = here  # which the log of the next step states
+        for group, kept, rate in zip(self.optimizer.param_groups, own, here, strict=True):
+            group.update(kept, lr=rate)
 
     def stand_at(self, checkpoint: Path) -> None:
         """Be where a run ended whose last step this checkpoint holds: `train` would take one more."""
