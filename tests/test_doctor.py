@@ -190,6 +190,11 @@ def test_a_module_that_the_file_should_hold_is_told_and_peft_misses_it(made: Mad
         peft.PeftModel.from_pretrained(made.base(), folder)
 
 
+def test_a_module_that_is_saved_by_the_end_of_its_name_is_found(made: Made, tmp_path: Path) -> None:
+    folder = changed(made.copied("saved", tmp_path), modules_to_save=["head"])  # PEFT saves lm_head for it
+    assert doctor(folder)["peft"].verdict is Verdict.LOADS
+
+
 @pytest.mark.parametrize("held", ["score", "classifier"])
 def test_one_head_of_a_classifier_is_enough(held: str, made: Made, tmp_path: Path) -> None:
     folder = changed(made.copied("plain", tmp_path), modules_to_save=["classifier", "score"])

@@ -44,7 +44,8 @@ def unaccounted(survey: Survey) -> Found:
 def unsaved(survey: Survey) -> Found:
     """The modules that the config says were trained in full, and of which the file has nothing."""
     named = [str(name) for name in survey.config.get("modules_to_save") or ()]
-    saved = {name for name in named if tensors(rf"(^|\.){re.escape(name)}\.")(survey)}
+    # PEFT goes by the end of a module's name, dot or no dot.
+    saved = {name for name in named if tensors(rf"{re.escape(name)}\.")(survey)}
     # PEFT adds both to every classifier's config, and a model has one of them.
     saved |= _HEADS if saved & _HEADS else set()
     return [name for name in named if name not in saved]
