@@ -241,11 +241,42 @@ def test_a_linear_is_known_for_a_product_by_what_it_gives(dtype: torch.dtype, tr
         assert not matrix.layout(Product(64, 48)).own_way
 
 
-def test_the_inputs_of_a_product_are_seen_whoever_wrote_its_forward() -> None:
-    model, inputs = Model(Product(4, 3)), torch.randn(6, 4)
-    found = hs.calibrate(model, hs.LoraConfig(r=2, init_lora_weights="corda", target_modules=["layer"]), [inputs])
-    moment = next(iter(found.layers["layer"].values()))[0]
-    torch.testing.assert_close(moment.dense().float(), inputs.T @ inputs / 6)
+@pytest.mark.parametrize("kind", [Product, Router, Cosine])
+def test_the_inputs_of_a_linear_are_seen_whatever_it_makes_of_them(kind: type[nn.Linear]) -> None:
+    model, inputs = Model(kind(4, 3)), torch.randn(6, 4)
+    weight = model.layer.weight
+    wanted = torch.autograd.grad(model(inputs).square().mean(), [weight])[0]
+    configs = [hs.LoraConfig(r=2, init_lora_weights=init, target_modules=["layer"]) for init in ("eva", "lora_one")]
+    found = hs.calibrate(model, configs, [inputs], loss=lambda m, x: m(x).square().mean(), dense=True).layers["layer"]
+    torch.testing.assert_close(found["inputs"][0].dense().float(), inputs.T @ inputs / 6)
+    torch.testing.assert_close(found["gradient"][0].dense(), wanted)
+    assert model.layer.weight is weight
+
+
+def test_inputs_alone_are_asked_of_a_router_beside_layers_whose_gradients_are() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Model(Router(4, 3)))
+    configs = [
+        hs.LoraConfig(r=2, init_lora_weights="eva", target_modules=["layer"]),
+        hs.LoraConfig(r=2, init_lora_weights="lora_one", target_modules=["0"]),
+    ]
+    found = hs.calibrate(model, configs, [ROWS], loss=lambda m, x: m(x).square().mean())
+    assert {name: set(kinds) for name, kinds in found.layers.items()} == {"0": {"gradient"}, "1.layer": {"inputs"}}
+
+
+def test_what_a_router_puts_out_is_no_output_of_its_weight() -> None:
+    config = hs.LoraConfig(r=2, init_lora_weights="kfac", target_modules=["layer"])
+    with pytest.raises(UnsupportedLayer, match="exclude it"):
+        hs.calibrate(Model(Router(4, 3)), config, [ROWS], loss=lambda m, x: m(x).square().mean())
+
+
+def test_a_linear_that_is_given_other_rows_than_it_multiplies_is_named() -> None:
+    class Halved(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input[..., ::2])
+
+    config = hs.LoraConfig(r=2, init_lora_weights="eva", target_modules=["layer"])
+    with pytest.raises(CalibrationError, match="given rows of 8, and multiplies 4: exclude it"):
+        hs.calibrate(Model(Halved(4, 3)), config, [torch.randn(5, 8)])
 
 
 def test_a_disabled_model_reads_the_original_of_what_trains_in_full() -> None:

@@ -177,7 +177,7 @@ def budgeted(product: Callable[[Tensor], Tensor], start: Tensor, k: int, steps: 
 
 def _least_growth(ritz: Tensor, k: int) -> float:
     """What θ_k/(θ_k − μ) is at least, by the width of the spectrum below θ_k as far as it is known."""
-    last, width = float(ritz[k - 1]), float(ritz[k - 1] - ritz[-1])
+    last, width = max(0.0, float(ritz[k - 1])), float(ritz[k - 1] - ritz[-1])
     # The power is for the crowd at θ_k: of semicircles and uniform spectra, as of orthogonal weights in bfloat16.
     return 2 * math.pow(last / max(width, 1e-12 * float(ritz[0])), 1.5)
 

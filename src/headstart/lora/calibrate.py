@@ -26,8 +26,9 @@ from headstart.lora.calls import Calls, Loss
 from headstart.lora.config import LoraConfig
 from headstart.lora.fingerprint import fingerprint
 from headstart.lora.layers import lora_layers
-from headstart.lora.observe import Observer, Sharing, is_called, undisturbed
+from headstart.lora.observe import Observer, Sharing, shows_inputs, undisturbed
 from headstart.lora.plan import GRADIENTS, Plan
+from headstart.lora.targets import Target
 from headstart.lora.tokens import Tokens
 
 
@@ -149,7 +150,7 @@ def _probe(plan: Plan, calls: Calls, first: Any) -> dict[str, str]:
 
     What a row does not reach, an expert for one, other data may: such a layer keeps its own.
     """
-    observer = Observer({name: target for name, target in plan.targets.items() if is_called(target)})
+    observer = Observer({name: target for name, target in plan.targets.items() if shows_inputs(target)})
     with observer.watching(), torch.no_grad():
         try:
             calls.forward(reading.first_row(first))
@@ -157,9 +158,9 @@ def _probe(plan: Plan, calls: Calls, first: Any) -> dict[str, str]:
             observer.sharing = Sharing()
             calls.forward(first)
     leaders = observer.sharing.leaders(plan.targets)
-    if not leaders and all(map(is_called, plan.targets.values())):
+    if not leaders and all(map(shows_inputs, plan.targets.values())):
         raise CalibrationError("the first batch reaches none of the layers that are to be adapted: check the batch")
-    return {name: leaders.get(name, name) for name, target in plan.targets.items() if is_called(target)}
+    return {name: leaders.get(name, name) for name, target in plan.targets.items() if shows_inputs(target)}
 
 
 class _Pass:
@@ -222,6 +223,7 @@ class _Pass:
     def _input(self, name: str, x: Tensor) -> None:
         if self.leaders[name] == name and self.inputs in self.found[name]:
             target = self.plan.targets[name]
+            self._check_rows(name, target, x)
             both = zip(self.found[name][self.inputs], target.layout.input_rows(target.module, x), strict=True)
             with torch.autocast(x.device.type, enabled=False):
                 for statistic, X in {id(statistic): (statistic, X) for statistic, X in both}.values():
@@ -244,7 +246,14 @@ class _Pass:
         for statistic, D, X in zip(found["gradient"], outputs, inputs, strict=True):
             statistic.add(D, X, self.weight)
 
+    def _check_rows(self, name: str, target: Target, x: Tensor) -> None:
+        width = target.layout.blocks(matrix.outline(target.module))[0].shape[1] if target.layout.own_way else None
+        if width not in (None, x.shape[-1]):
+            raise CalibrationError(f"layer {name!r} is given rows of {x.shape[-1]}, and multiplies {width}: exclude it")
+
     def _weight(self, name: str, gradient: Tensor) -> None:
+        if "gradient" not in self.found[name]:
+            return
         blocks = self.plan.targets[name].layout.blocks(gradient)
         for statistic, block in zip(self.found[name]["gradient"], blocks, strict=True):
             statistic.add_dense(block.float() * self.weight)

@@ -69,16 +69,21 @@ class _Tap(torch.autograd.Function):
 _tap: Callable[..., Tensor] = _Tap.apply
 
 
-def is_called(target: Target) -> bool:
-    """Whether the layer is called as a module, so that its input and output can be seen.
+def shows_inputs(target: Target) -> bool:
+    """Whether the layer is called as a module, with the rows that its weight multiplies.
 
-    An attention projects within itself, its output projection included; a layer with a forward of its own may change
-    what it is given, or its weight; some are read and never called; and a bare parameter is anyone's.
+    An attention projects within itself, its output projection included; a lookup or a convolution with a forward of its
+    own may change what it is given; some are read and never called; and a bare parameter is anyone's.
     """
-    if target.parameter != "weight" or target.layout.own_way:
+    if target.parameter != "weight" or (target.layout.own_way and target.layout.kind != "linear"):
         return False
     inside = isinstance(target.module, nn.MultiheadAttention | nn.modules.linear.NonDynamicallyQuantizableLinear)
     return not inside and not is_read(target.module, target.holders)
+
+
+def is_called(target: Target) -> bool:
+    """Whether, besides, what it puts out are the products: a router's scores have gradients of another kind."""
+    return shows_inputs(target) and not target.layout.own_way
 
 
 class Observer:
@@ -108,9 +113,10 @@ class Observer:
         replaced: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter]] = []
         try:
             for name, target in self.targets.items():
-                if is_called(target):
-                    handles.append(target.module.register_forward_hook(self._hook(name), with_kwargs=True))
-                elif self.on_weight is not None:
+                if shows_inputs(target):
+                    hook = self._hook(name, is_called(target))
+                    handles.append(target.module.register_forward_hook(hook, with_kwargs=True))
+                if not is_called(target) and self.on_weight is not None:
                     weight = matrix.parameter_of(target.module, target.parameter)
                     if not weight.is_floating_point():
                         raise CalibrationError(f"{name!r} holds a quantised parameter, whose gradient cannot be seen")
@@ -128,14 +134,14 @@ class Observer:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, name: str) -> Callable[..., Tensor | None]:
+    def _hook(self, name: str, taps: bool) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Tensor | None:
             x = args[0] if args else next(iter(kwargs.values()))
             if self.forward:
                 self.sharing.note(name, x)
                 if self.on_input is not None:
                     self.on_input(name, x.detach())
-            if self.on_gradient is None or not torch.is_grad_enabled():
+            if not taps or self.on_gradient is None or not torch.is_grad_enabled():
                 return None
             if not isinstance(y, Tensor):
                 raise CalibrationError(

@@ -14,7 +14,7 @@ from headstart.linalg import named_generator
 from headstart.lora import matrix
 from headstart.lora.calibration import Found
 from headstart.lora.config import LoraConfig
-from headstart.lora.observe import is_called
+from headstart.lora.observe import is_called, shows_inputs
 from headstart.lora.targets import Target, targets
 from headstart.statistics import GradientSpectrum, GradientSum, InputSpectrum, Moments, Squares
 
@@ -50,7 +50,9 @@ class Plan:
             names = " and ".join(repr(config.strategy.name) for config in configs)
             raise BadOption(f"{names} looks at no data: leave the calibration data out")
         for name, target in chosen.items():
-            if needs[name] - {"gradient"} and (not is_called(target) or target.layout.kind == "embedding"):
+            others = needs[name] - {"gradient"}
+            seen = is_called(target) or (shows_inputs(target) and others <= set(INPUTS))
+            if others and (not seen or target.layout.kind == "embedding"):
                 raise UnsupportedLayer(
                     f"the inputs of {name!r} are token ids, or are not seen (it is read, or has a forward of its own): "
                     "exclude it, or choose an init that needs its gradient alone"
@@ -62,7 +64,7 @@ class Plan:
 
     def empty(self, leaders: Mapping[str, str], device: torch.device | None = None) -> Found:
         """Statistics of nothing, for every layer that runs; layers that are given the same inputs share theirs."""
-        running = {n: t for n, t in self.targets.items() if n in leaders or not is_called(t)}
+        running = {n: t for n, t in self.targets.items() if n in leaders or not shows_inputs(t)}
         found: Found = {name: {} for name in running}
         for name, target in running.items():
             followers = [n for n, leader in leaders.items() if leader == name]

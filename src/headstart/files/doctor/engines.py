@@ -225,7 +225,8 @@ RULES = (
     Rule(("peft",), unaccounted, _DIFFERS,
          "tensors that the config does not tell of replace the model's own where they bear its names: {found}",
          "remove them from the file, or name them in modules_to_save", "utils/save_and_load.py"),
-    Rule(("peft",), unsaved, _REFUSES, "modules_to_save names what the file has nothing of: {found}",
+    Rule(("peft",), unsaved, _REFUSES, "modules_to_save names what the file has nothing of, and it "
+         "fails where the base has a module of that name: {found}",
          "save it again where it was trained, or remove the names", "utils/save_and_load.py: KeyError"),
     # --- shapes and names
     Rule(("peft", "vllm"), other_rank_than_stated, _REFUSES,
