@@ -126,7 +126,8 @@ def install(
                 parent._modules[leaf] = layer
         adapter.switches = list(switches(model))
         adapter.switch(off=True)
-        adapter.blocks = quantized.keep_blocks(model)
+        adapter.blocks = quantized.turning(model)
+        quantized.keep_blocks(adapter.blocks)
         for parameter, _ in adapter.flags:
             if id(parameter) not in own:
                 parameter.requires_grad_(id(parameter) in trained)

@@ -177,7 +177,8 @@ def put_back(adapter: Adapter) -> Iterator[None]:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         adapter.switch(off=True)
-        adapter.blocks += quantized.keep_blocks(adapter.model)
+        adapter.blocks += quantized.turning(adapter.model)
+        quantized.keep_blocks(adapter.blocks)
         adapter.model.__dict__[KEY] = adapter
         raise
 

@@ -176,8 +176,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     caches = getattr(config, "use_cache", None)
     fast = torch.backends.mha.get_fastpath_enabled()  # torch's encoders compute past their modules on it
     devices = sorted({p.device.index or 0 for p, _, _ in flags if p.device.type == "cuda"})
-    blocks = quantized.keep_blocks(model)
+    blocks = quantized.turning(model)
     try:
+        quantized.keep_blocks(blocks)
         with torch.random.fork_rng(devices=devices):
             _rest(model)
             for module, name, _ in rates:

@@ -168,23 +168,23 @@ def _values_4bit(parameter: Any) -> Tensor:
     return functional.dequantize_4bit(codes, state)  # type: ignore[no-any-return]
 
 
-def keep_blocks(model: nn.Module) -> list[nn.Module]:
+def turning(model: nn.Module) -> list[nn.Module]:
+    """The 4-bit layers whose blocks bitsandbytes turns around, or has turned."""
+    return [module for module in model.modules() if module.__dict__.get(_TURNS)]
+
+
+def keep_blocks(layers: Iterable[nn.Module]) -> None:
     """Keep bitsandbytes from turning the blocks of 4-bit layers around, and turn back those that are.
 
     On CPUs with bf16 products it turns a layer's at its first evaluation, and multiplies from then on by an operation
     without a gradient: training after an evaluation would end there, with no more than a warning.
-
-    Returns:
-        The layers that turned, or would have: `release_blocks` gives them back.
     """
-    found = [module for module in model.modules() if module.__dict__.get(_TURNS)]
-    for module in found:
+    for module in layers:
         module.__dict__[_TURNS] = False
         weight: Any = module._parameters.get("weight")
         if weight is not None and _is_4bit(weight) and _is_turned(weight.quant_state):
             codes, state = _turned_back(weight.data, weight.quant_state)
             weight.data, weight.quant_state.__dict__ = codes, state.__dict__
-    return found
 
 
 def release_blocks(layers: Iterable[nn.Module]) -> None:

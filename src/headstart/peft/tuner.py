@@ -53,7 +53,8 @@ class ShellTuner(lora.LoraModel):
         self._switch(off=False)
         self.originals.switches = list(switches(self.model, ShellLayer))
         self._switch(off=True)
-        self.originals.blocks += quantized.keep_blocks(self.model)
+        self.originals.blocks += quantized.turning(self.model)
+        quantized.keep_blocks(self.originals.blocks)
 
     def biases(self) -> dict[str, nn.Parameter]:
         """The biases that train, by name."""
