@@ -223,7 +223,8 @@ class _Pass:
     def _input(self, name: str, x: Tensor) -> None:
         if self.leaders[name] == name and self.inputs in self.found[name]:
             target = self.plan.targets[name]
-            self._check_rows(name, target, x)
+            if target.layout.own_way:
+                _check_rows(name, target, x)
             both = zip(self.found[name][self.inputs], target.layout.input_rows(target.module, x), strict=True)
             with torch.autocast(x.device.type, enabled=False):
                 for statistic, X in {id(statistic): (statistic, X) for statistic, X in both}.values():
@@ -246,11 +247,6 @@ class _Pass:
         for statistic, D, X in zip(found["gradient"], outputs, inputs, strict=True):
             statistic.add(D, X, self.weight)
 
-    def _check_rows(self, name: str, target: Target, x: Tensor) -> None:
-        width = target.layout.blocks(matrix.outline(target.module))[0].shape[1] if target.layout.own_way else None
-        if width not in (None, x.shape[-1]):
-            raise CalibrationError(f"layer {name!r} is given rows of {x.shape[-1]}, and multiplies {width}: exclude it")
-
     def _weight(self, name: str, gradient: Tensor) -> None:
         if "gradient" not in self.found[name]:
             return
@@ -270,6 +266,12 @@ class _Pass:
                     f"layer {name!r} is given the inputs of {self.leaders[name]!r} in the first batch and others in "
                     f"batch {index}: calibrate them apart, with exclude_modules"
                 )
+
+
+def _check_rows(name: str, target: Target, x: Tensor) -> None:
+    width = target.layout.blocks(matrix.outline(target.module))[0].shape[1]
+    if x.shape[-1] != width:
+        raise CalibrationError(f"layer {name!r} is given rows of {x.shape[-1]}, and multiplies {width}: exclude it")
 
 
 def _of_lookup(embedding: nn.Embedding, rows: int, ids: Tensor, D: Tensor) -> Tensor:
